@@ -1,0 +1,1 @@
+"""Triton kernels; registered for CUDA devices in place of the plain-torch operators."""

@@ -1,0 +1,37 @@
+"""oftv2: orthogonal finetuning (OFTv2, QOFT) of large PyTorch models."""
+
+from .adapter import disable_adapter, merge, print_trainable_parameters, unmerge
+from .base import OFTLayer
+from .config import ConfigError, OFTConfig
+from .conv import OFTConv2d
+from .diagnostics import LayerDiagnostics, diagnostics
+from .errors import AdapterError, RequantizationWarning, StabilityWarning
+from .layers import OFTEmbedding, OFTLinear
+from .quant import QuantOFTLinear
+from .serialization import load_adapter, save_adapter
+from .wrap import unwrap_model, wrap_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "LayerDiagnostics",
+    "OFTConfig",
+    "OFTConv2d",
+    "OFTEmbedding",
+    "OFTLayer",
+    "OFTLinear",
+    "QuantOFTLinear",
+    "RequantizationWarning",
+    "StabilityWarning",
+    "diagnostics",
+    "disable_adapter",
+    "load_adapter",
+    "merge",
+    "print_trainable_parameters",
+    "save_adapter",
+    "unmerge",
+    "unwrap_model",
+    "wrap_model",
+]

@@ -1,0 +1,187 @@
+"""The adapter in a model: switched off for a while, merged into the weights and out again, and counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .base import OFTLayer
+from .errors import AdapterError, RequantizationWarning
+from .quant import QuantOFTLinear
+from .state import find_state, get_state, oft_layers, plain_parameter
+from .wrap import uninstall
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context, ``model`` answers as its base model does, its fully trained parameters included.
+
+    Raises:
+        AdapterError: the model is not wrapped, or its adapter is merged.
+    """
+    state = get_state(model)
+    layers = [layer for _, layer in oft_layers(model)]
+    _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
+    enabled = [layer.enabled for layer in layers]
+    originals = state.originals[state.active] if all(enabled) else {}
+    trained = {name: plain_parameter(model, name).data for name in originals}
+    try:
+        for layer in layers:
+            layer.enabled = False
+        for name, value in originals.items():
+            parameter = plain_parameter(model, name)
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        yield model
+    finally:
+        for layer, was in zip(layers, enabled, strict=True):
+            layer.enabled = was
+        for name, value in trained.items():
+            plain_parameter(model, name).data = value
+
+
+def merge(
+    model: nn.Module,
+    *,
+    unload: bool = True,
+    keep_original: bool = False,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+) -> nn.Module:
+    """Folds the adapter into the weights, in place: afterwards a plain model, at the base model's speed.
+
+    Args:
+        model (nn.Module): a wrapped model, or one adapted layer.
+        unload (bool): put plain layers back. With ``False`` the adapted layers stay and :func:`unmerge` can take the
+            adapter out again.
+        keep_original (bool): with ``unload=False``, keep the original weights, so that :func:`unmerge` restores them bit
+            for bit; without, they come back by the inverse rotation (to about 1e-7 in float32). Quantized originals
+            are always kept.
+        dtype (torch.dtype | None): what quantized layers become: dequantized ``nn.Linear`` of this dtype; ``None`` takes
+            the dtype of the model's other weights.
+        requantize (bool): quantize merged weights again instead; a warning reports the error that this costs.
+
+    Returns:
+        nn.Module: the same object.
+
+    Raises:
+        AdapterError: not wrapped, already merged, generators with NaN or Inf, or a weight that cannot be read; nothing is
+            changed then.
+    """
+    layers = _merge_ready(model)
+    quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
+    if requantize and not quantized:
+        raise AdapterError("requantize=True, and no adapted layer of this model is quantized")
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterError(f"dtype={dtype} is not allowed: use a floating-point dtype")
+    dtype = dtype or _model_dtype(model)
+    tied = _tied_weights(model)
+    for name, layer in layers.items():
+        shared = id(layer.base_layer._parameters.get("weight")) in tied
+        if isinstance(layer, QuantOFTLinear):
+            layer.merge(dtype=dtype, requantize=requantize)
+        else:
+            layer.merge(keep_original=keep_original or shared)
+        if shared and unload and hasattr(model, "config"):
+            _untie(model)
+    if requantize:
+        _report_requantization(layers)
+    if unload and not isinstance(model, OFTLayer):
+        uninstall(model)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Takes a merged adapter out of the weights again, in place: the rotation is applied to activations as before.
+
+    Raises:
+        AdapterError: not wrapped (also after ``merge(model)`` with ``unload=True``), or not merged.
+    """
+    if not isinstance(model, OFTLayer) and find_state(model) is None:
+        raise AdapterError(
+            f"this {type(model).__name__} has no adapter to unmerge; merge(model, unload=False) keeps it in the model"
+        )
+    _require_merged(model, True, "there is nothing to unmerge")
+    for _, layer in oft_layers(model):
+        layer.unmerge()
+    return model
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how many parameters train, in the words known from other adapter libraries."""
+    trainable, total = count_parameters(model)
+    share = 100 * trainable / max(1, total)
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """``(trainable, all)`` numbers of parameters; of 4-bit weights the numbers they stand for, not the bytes."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _require_merged(model: nn.Module, merged: bool, reason: str) -> None:
+    wrong = [layer.name for _, layer in oft_layers(model) if layer.merged != merged]
+    if wrong:
+        are = "not merged" if merged else "merged"
+        raise AdapterError(f"{len(wrong)} layers ({wrong[0]}, …) are {are}: {reason}")
+
+
+def _merge_ready(model: nn.Module) -> dict[str, OFTLayer]:
+    if not isinstance(model, OFTLayer):
+        get_state(model)
+    _require_merged(model, False, "call unmerge first")
+    layers = dict(oft_layers(model))
+    for layer in layers.values():
+        layer.check_finite()
+        if isinstance(layer, QuantOFTLinear):
+            layer.backend()
+    return layers
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most floating-point weights that are neither generators nor quantized; float32 if there are none."""
+    generators = {id(parameter) for _, layer in oft_layers(model) for parameter in layer.generators.values()}
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        quantized = getattr(parameter, "quant_state", None) is not None
+        if id(parameter) not in generators and parameter.is_floating_point() and not quantized:
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in uses.items() if count > 1}
+
+
+def _untie(model: nn.Module) -> None:
+    """Says in a transformers configuration that weights are no longer tied, so that saving keeps both."""
+    for config in (model.config, getattr(model.config, "text_config", None)):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def _report_requantization(layers: dict[str, OFTLayer]) -> None:
+    errors = {
+        name: layer.requantization_error
+        for name, layer in layers.items()
+        if isinstance(layer, QuantOFTLinear) and layer.requantization_error is not None
+    }
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    warnings.warn(
+        f"requantizing changed the merged weights by {mean:.2%} on average, {errors[worst]:.2%} at most ({worst}), "
+        "relative to their norm; merging to a dequantized model (requantize=False) costs nothing",
+        RequantizationWarning,
+        stacklevel=3,
+    )

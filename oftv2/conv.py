@@ -1,0 +1,49 @@
+"""Adapters on two-dimensional convolutions, of any kernel, stride, padding, dilation and groups."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import functional as F
+from .base import OFTLayer, rotated, with_weight
+
+
+class OFTConv2d(OFTLayer):
+    r"""A frozen convolution whose input patches are rotated.
+
+    A convolution is a linear layer on patches of ``C/groups · kh · kw`` values, in the order of ``torch.nn.Unfold``;
+    each patch is rotated before it meets the kernels. Patches overlap, so the rotated input cannot be written back as an
+    image: the same function is computed by rotating the kernels, ``W′ = W · blockdiag(R)ᵀ``, which also costs less.
+    With groups, every group has blocks of its own.
+
+    Args:
+        base_layer (nn.Conv2d): weight ``(n, C/groups, kh, kw)``.
+        config, adapter_name, name, block_size: see :class:`oftv2.OFTLinear`; the block size must divide
+            ``C/groups · kh · kw``.
+
+    Shape:
+        input ``(N, C, H, W)`` or ``(C, H, W)``, output as the base layer's.
+    """
+
+    @staticmethod
+    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.groups * base_layer.weight[0].numel(), base_layer.groups
+
+    def _as_rows(self, weight: Tensor) -> Tensor:
+        """``(n, C/groups, kh, kw)`` as ``(n/groups, groups · C/groups · kh · kw)``: one row holds every group's patch."""
+        groups = self.base_layer.groups
+        return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(0, 1).flatten(1)
+
+    def _as_kernels(self, rows: Tensor) -> Tensor:
+        groups, shape = self.base_layer.groups, self.base_layer.weight.shape
+        return rows.view(shape[0] // groups, groups, -1).transpose(0, 1).reshape(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rotating:
+            return self.base_layer(x)
+        kernels = self._as_kernels(F.rotate(self._as_rows(self.base_layer.weight), self.delta().mT))
+        return self.base_layer._conv_forward(x, kernels, self.base_layer.bias)
+
+    def merged_base(self, delta: Tensor) -> nn.Module:
+        rows = self._as_rows(self.base_layer.weight.detach())
+        return with_weight(self.base_layer, self._as_kernels(rotated(rows, delta.mT)))

@@ -1,0 +1,68 @@
+"""How healthy an adapter is: is it still a rotation, and how large are its generators?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .base import OFTLayer, generator_norm
+from .errors import AdapterError
+from .state import oft_layers
+
+
+@dataclass(frozen=True)
+class LayerDiagnostics:
+    """One layer's figures, each the worst over its blocks.
+
+    Attributes:
+        orthogonality_error: ``‖RᵀR − I‖_F``.
+        generator_norm: ``‖Q‖₂``; the Neumann series needs it below 1.
+        norm_error: ``max |σ(R) − 1|``: how much the rotation can stretch or shrink an input, relative to its norm.
+        rotation_angle: the largest angle in degrees by which an input turns.
+    """
+
+    orthogonality_error: float
+    generator_norm: float
+    norm_error: float
+    rotation_angle: float
+
+
+@torch.no_grad()
+def layer_diagnostics(layer: OFTLayer) -> LayerDiagnostics:
+    """The figures of one layer's active adapter, in float64."""
+    generators = layer.generators[layer.active].detach()
+    packed = layer.rotation.effective(generators)
+    delta = layer.rotation.delta(generators)[: generators.shape[0]].double().cpu()
+    identity = torch.eye(delta.shape[-1], dtype=delta.dtype)
+    R = delta + identity
+    if not delta.isfinite().all():
+        raise AdapterError(f"{layer.name}: the rotation holds NaN or Inf")
+    singular = torch.linalg.svdvals(R)
+    norm = generator_norm(packed, layer.rotation.block_size)
+    return LayerDiagnostics(
+        orthogonality_error=torch.linalg.matrix_norm(R.mT @ R - identity).amax().item(),
+        generator_norm=norm,
+        norm_error=(singular - 1).abs().amax().item(),
+        rotation_angle=2 * torch.rad2deg(torch.atan(torch.tensor(norm))).item(),  # e^{iθ} = (1 + iq)/(1 − iq)
+    )
+
+
+def diagnostics(model: nn.Module) -> dict[str, LayerDiagnostics]:
+    """The figures of every adapted layer by its path.
+
+    Raises:
+        AdapterError: the model holds no adapted layer, or a rotation with NaN or Inf.
+    """
+    report = {name or layer.name: layer_diagnostics(layer) for name, layer in oft_layers(model)}
+    if not report:
+        raise AdapterError(f"this {type(model).__name__} holds no adapted layer to look at")
+    return report
+
+
+def summary(model: nn.Module) -> dict[str, float]:
+    """The worst figure over all layers, by name: what a training log wants."""
+    report = diagnostics(model).values()
+    names = ("orthogonality_error", "generator_norm", "norm_error", "rotation_angle")
+    return {name: max(getattr(layer, name) for layer in report) for name in names}

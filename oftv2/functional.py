@@ -1,0 +1,81 @@
+"""Generators to rotations, and rotations on activations: the differentiable functions that the layers are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _ops  # noqa: F401  (registers the operators)
+
+
+def effective_generators(
+    generators: Tensor, block_size: int, *, scale: bool = False, constraint: float | None = None
+) -> Tensor:
+    """The packed generators that enter the Cayley transform: in float32 or wider, scaled, and projected.
+
+    Args:
+        generators (torch.Tensor): packed strict upper triangles of shape ``(r, b(b−1)/2)``.
+        block_size (int): ``b``.
+        scale (bool): divide by ``2√(b−1)``.
+        constraint (float | None): scale each block into ``‖Q_j‖_F ≤ constraint / √r``; ``None`` leaves it as it is.
+
+    Returns:
+        torch.Tensor: same shape; differentiable, the argument is never written to.
+    """
+    packed = generators if generators.element_size() >= 4 else generators.float()
+    if scale:
+        packed = packed / (2 * math.sqrt(block_size - 1))
+    if constraint is not None:
+        limit = constraint / math.sqrt(2 * packed.shape[0])  # ‖Q‖_F = √2 · ‖packed‖
+        norm = torch.linalg.vector_norm(packed, dim=1, keepdim=True)
+        packed = packed * (limit / norm.clamp_min(limit))
+    return packed
+
+
+def cayley_neumann(generators: Tensor, block_size: int, terms: int = 4) -> Tensor:
+    r"""``Δ = R − I`` of the Cayley transform with a truncated Neumann series, ``R = (I + Q)(I + Q + … + Qᵏ)``.
+
+    Args:
+        generators (torch.Tensor): packed strict upper triangles, ``(r, b(b−1)/2)``, float32 or float64.
+        block_size (int): ``b``.
+        terms (int): ``k``; an even one is far more orthogonal than the odd one after it. Default 4.
+
+    Returns:
+        torch.Tensor: ``Δ`` of shape ``(r, b, b)`` in the generators' dtype.
+
+    Source: OFTv2, arXiv 2506.19847, equation of the Cayley–Neumann parametrization.
+    """
+    _check_packed(generators, block_size)
+    return torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
+
+
+def cayley(generators: Tensor, block_size: int) -> Tensor:
+    """``Δ = R − I`` of the exact Cayley transform ``R = (I + Q)(I − Q)⁻¹``; arguments as :func:`cayley_neumann`."""
+    _check_packed(generators, block_size)
+    return torch.ops.oftv2.cayley(generators, block_size)
+
+
+def rotate(x: Tensor, delta: Tensor) -> Tensor:
+    """``x · blockdiag(R₁ … R_r)`` with ``R = I + Δ``, in the dtype of ``x``, rounded once.
+
+    Args:
+        x (torch.Tensor): ``(..., d)``, any floating dtype, any strides; nothing but it is kept for the backward pass.
+        delta (torch.Tensor): ``(r, b, b)`` with ``r · b = d``; its gradient comes in its own dtype, so hand it over in
+            float32 even where ``x`` is 16 bit.
+
+    Returns:
+        torch.Tensor: ``(..., d)``.
+    """
+    return torch.ops.oftv2.rotate(x, delta)
+
+
+def _check_packed(generators: Tensor, block_size: int) -> None:
+    expected = block_size * (block_size - 1) // 2
+    if generators.dim() != 2 or generators.shape[1] != expected:
+        raise ValueError(
+            f"generators for block_size={block_size} have the shape (r, {expected}), not {tuple(generators.shape)}"
+        )
+    if generators.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"generators must be float32 or float64, not {generators.dtype}: 16 bit loses small rotations")

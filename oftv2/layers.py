@@ -1,0 +1,69 @@
+"""Adapters on linear layers (``nn.Linear`` and transformers' ``Conv1D``) and on embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import functional as F
+from .base import OFTLayer, rotated, with_weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D`` (GPT-2), a linear layer that keeps its weight as ``(d, n)``."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
+
+
+class OFTLinear(OFTLayer):
+    r"""A frozen linear layer behind a trainable rotation: ``y = (x R) Wᵀ + bias`` (OFTv2, arXiv 2506.19847).
+
+    Args:
+        base_layer (nn.Module): ``nn.Linear`` with a weight of ``(n, d)``, or transformers' ``Conv1D`` with ``(d, n)``.
+        config (OFTConfig | None): block size, Neumann terms, dropout and so on; its targets are not looked at.
+        adapter_name, name, block_size: see :class:`oftv2.base.OFTLayer`.
+
+    Raises:
+        AdapterError: the block size does not divide ``d``.
+
+    Shape:
+        input ``(..., d)`` of any number of dimensions, output ``(..., n)``; dtypes as the base layer takes them.
+    """
+
+    @staticmethod
+    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+        return (base_layer.weight.shape[0] if is_conv1d(base_layer) else base_layer.in_features), 1
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.rotating:
+            x = F.rotate(x, self.delta())
+        return self.base_layer(x, *args, **kwargs)
+
+    def merged_base(self, delta: Tensor) -> nn.Module:
+        weight = self.base_layer.weight.detach()
+        if is_conv1d(self.base_layer):
+            return with_weight(self.base_layer, rotated(weight.mT, delta.mT).mT.contiguous())
+        return with_weight(self.base_layer, rotated(weight, delta.mT))
+
+
+class OFTEmbedding(OFTLayer):
+    """A frozen embedding whose vectors are rotated: ``E[ids] · R``. A head tied to ``E`` keeps the weight as it was.
+
+    Args:
+        base_layer (nn.Embedding): with a weight of ``(num_embeddings, d)``.
+        config, adapter_name, name, block_size: see :class:`OFTLinear`.
+
+    Shape:
+        input ``(...)`` of integers, output ``(..., d)``.
+    """
+
+    @staticmethod
+    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.embedding_dim, 1
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        vectors = self.base_layer(ids, *args, **kwargs)
+        return F.rotate(vectors, self.delta()) if self.rotating else vectors
+
+    def merged_base(self, delta: Tensor) -> nn.Module:
+        return with_weight(self.base_layer, rotated(self.base_layer.weight.detach(), delta))

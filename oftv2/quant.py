@@ -1,0 +1,226 @@
+"""The adapter on a quantized linear layer (QOFT), and the table of quantization backends it can be merged into."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import rotated
+from .config import OFTConfig
+from .errors import AdapterError
+from .layers import OFTLinear
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How layers of one quantization library are recognised, and their weights read and written.
+
+    Attributes:
+        name: for messages.
+        matches: whether a module is such a layer.
+        dequantize: its weight as a float32 matrix ``(n, d)``.
+        requantize: a layer like the given one that holds another weight, quantized in the same way.
+        prepare: makes a layer ready to be trained through; called when it is wrapped.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    dequantize: Callable[[nn.Module], Tensor]
+    requantize: Callable[[nn.Module, Tensor], nn.Module]
+    prepare: Callable[[nn.Module, str], None] = lambda module, name: None
+
+
+def find_backend(module: nn.Module) -> Backend | None:
+    """The backend that quantized ``module``, or None."""
+    return next((backend for backend in BACKENDS if backend.matches(module)), None)
+
+
+class QuantOFTLinear(OFTLinear):
+    """A frozen quantized linear layer behind a trainable rotation: ``y = base_layer(x R)`` (QOFT).
+
+    The base layer is only ever called, so any quantization works through which gradients flow.
+
+    Args:
+        base_layer (nn.Module): a quantized linear layer with ``in_features``, such as bitsandbytes' ``Linear4bit``
+            or ``Linear8bitLt``.
+        config, **kwargs: see :class:`oftv2.OFTLinear`.
+
+    Raises:
+        AdapterError: the block size does not divide ``in_features``.
+        RuntimeError: in a forward pass, when the base layer lets no gradient through.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: OFTConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(base_layer, config, **kwargs)
+        backend = find_backend(base_layer)
+        if backend is not None:
+            backend.prepare(base_layer, self.name)
+        self.requantization_error: float | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        leading = x.shape[:-1]
+        flat = x if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1])  # LLM.int8 takes no others
+        y = super().forward(flat, *args, **kwargs)
+        if self.rotating and torch.is_grad_enabled() and not y.requires_grad and self._needs_gradient(x):
+            raise RuntimeError(
+                f"{self.name}: the base layer ({type(self.base_layer).__name__}) returns an output without a gradient, "
+                "so nothing in front of it would train. Choose a quantization that can be trained through, such as "
+                "bitsandbytes NF4, or leave this layer out with exclude_modules"
+            )
+        return y if flat is x else y.view(*leading, y.shape[-1])
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or self.generators[self.active].requires_grad
+
+    def merged_base(self, delta: Tensor) -> nn.Module:
+        return self._dequantized(delta, torch.float32)
+
+    @torch.no_grad()
+    def merge(
+        self, *, keep_original: bool = True, dtype: torch.dtype = torch.float32, requantize: bool = False
+    ) -> None:
+        """Replaces the quantized layer by one that includes the rotation; the original one is always kept.
+
+        Args:
+            keep_original (bool): must be True: :meth:`unmerge` restores the quantized weight bit for bit.
+            dtype (torch.dtype): of the dequantized ``nn.Linear`` that takes its place.
+            requantize (bool): quantize the merged weight again. What this costs, the relative error
+                ``‖W″ − W′‖_F / ‖W′‖_F``, is left in ``requantization_error``.
+
+        Raises:
+            AdapterError: already merged, generators that are not finite, or no way to read the quantized weight.
+        """
+        if not keep_original:
+            raise AdapterError(
+                f"{self.name}: a quantized weight cannot be recovered from a merged one: keep_original=True"
+            )
+        build = self._requantized if requantize else lambda delta: self._dequantized(delta, dtype)
+        self._merge(build, keep_original)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.requantization_error = None
+
+    def backend(self) -> Backend:
+        """The backend of the base layer; AdapterError where its weight cannot be read."""
+        backend = find_backend(self.base_layer)
+        if backend is None:
+            known = ", ".join(backend.name for backend in BACKENDS)
+            raise AdapterError(
+                f"{self.name}: no way is known to read the weight of a {type(self.base_layer).__name__}; known: {known}"
+            )
+        return backend
+
+    def _dequantized(self, delta: Tensor, dtype: torch.dtype) -> nn.Linear:
+        base = self.base_layer
+        weight = rotated(self.backend().dequantize(base), delta.mT).to(dtype)
+        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", dtype=dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if base.bias is not None:
+            plain.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=base.bias.requires_grad)
+        return plain.train(base.training)
+
+    def _requantized(self, delta: Tensor) -> nn.Module:
+        backend = self.backend()
+        weight = rotated(backend.dequantize(self.base_layer), delta.mT)
+        merged = backend.requantize(self.base_layer, weight)
+        error = torch.linalg.norm(backend.dequantize(merged) - weight) / torch.linalg.norm(weight)
+        self.requantization_error = error.item()
+        return merged.train(self.base_layer.training)
+
+
+# ---------------------------------------------------------------------------------------------- bitsandbytes
+
+
+def _is_bitsandbytes(class_name: str) -> Callable[[nn.Module], bool]:
+    def matches(module: nn.Module) -> bool:
+        classes = type(module).__mro__
+        return any(cls.__name__ == class_name and cls.__module__.startswith("bitsandbytes") for cls in classes)
+
+    return matches
+
+
+def _dequantize_4bit(module: nn.Module) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(module.weight.quant_state)
+    state.dtype = torch.float32
+    return dequantize_4bit(module.weight.data, state)
+
+
+def _requantize_4bit(module: nn.Module, weight: Tensor) -> nn.Module:
+    from bitsandbytes.nn import Params4bit
+
+    old = module.weight
+    clone = copy.copy(module)
+    clone._parameters = dict(module._parameters)
+    clone.weight = Params4bit(
+        weight.to(old.quant_state.dtype).cpu(),
+        quant_type=old.quant_type,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_storage=old.quant_storage,
+        module=clone,
+    ).to(old.device)
+    clone.quant_state = clone.weight.quant_state
+    return clone
+
+
+def _prepare_4bit(module: nn.Module, name: str) -> None:
+    """Keeps bitsandbytes from repacking the weight for a CPU's bf16 instructions in the first evaluation.
+
+    That rounds the scales to bf16 for good, and the repacked layer lets no gradient through.
+    """
+    module.support_avx512bf16_for_cpu = False
+    state = module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+            module.weight.data, state
+        )
+        warnings.warn(
+            f"{name}: an evaluation before wrapping made bitsandbytes repack this weight for the CPU, which rounded its "
+            "scales to bf16. It was unpacked so that it can be trained through; to keep the exact scales, call "
+            "wrap_model before the first evaluation (a fresh adapter changes nothing)",
+            stacklevel=4,
+        )
+
+
+def _int8_scales(module: nn.Module) -> Tensor:
+    return module.state.SCB if module.state.SCB is not None else module.weight.SCB
+
+
+def _dequantize_int8(module: nn.Module) -> Tensor:
+    if module.state.has_fp16_weights:
+        return module.weight.detach().float()
+    return module.weight.data.float() * (_int8_scales(module).float()[:, None] / 127)
+
+
+def _requantize_int8(module: nn.Module, weight: Tensor) -> nn.Module:
+    from bitsandbytes import MatmulLtState
+    from bitsandbytes.nn import Int8Params
+
+    clone = copy.copy(module)
+    clone._parameters = dict(module._parameters)
+    clone.state = MatmulLtState()
+    clone.state.threshold = module.state.threshold
+    clone.state.has_fp16_weights = module.state.has_fp16_weights
+    clone.state.use_pool = module.state.use_pool
+    device = module.weight.device
+    clone.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=module.state.has_fp16_weights).to(
+        device
+    )
+    return clone
+
+
+BACKENDS = (
+    Backend("bitsandbytes 4-bit", _is_bitsandbytes("Linear4bit"), _dequantize_4bit, _requantize_4bit, _prepare_4bit),
+    Backend("bitsandbytes LLM.int8", _is_bitsandbytes("Linear8bitLt"), _dequantize_int8, _requantize_int8),
+)

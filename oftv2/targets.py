@@ -1,0 +1,189 @@
+"""Which modules of a model an adapter goes on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .base import OFTLayer
+from .config import ALL_LINEAR, OFTConfig
+from .conv import OFTConv2d
+from .errors import AdapterError
+from .layers import OFTEmbedding, OFTLinear, is_conv1d
+from .quant import QuantOFTLinear, find_backend
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt.
+
+    Attributes:
+        name: its path in the model (the first one, if it has several).
+        paths: every path under which it is reached.
+        module: the module itself.
+        layer_class: the adapter for it.
+        block_size: its own block size from the configuration's pattern, or None.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    module: nn.Module
+    layer_class: type[OFTLayer]
+    block_size: int | None
+
+
+def layer_class_for(module: nn.Module) -> type[OFTLayer] | None:
+    """The adapter class for a module, or None where there is none."""
+    if find_backend(module) is not None:
+        return QuantOFTLinear
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return OFTLinear
+    if isinstance(module, nn.Embedding):
+        return OFTEmbedding
+    if isinstance(module, nn.Conv2d):
+        return OFTConv2d
+    return None
+
+
+def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
+    """The modules that ``config`` chooses in ``model``, in the model's order.
+
+    Raises:
+        AdapterError: a name, pattern or layer number that matches nothing, a module of a kind that cannot be adapted,
+            or nothing to adapt at all.
+    """
+    paths: dict[int, list[str]] = {}
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+        modules[path] = module
+    names = [path for path in modules if path]
+    saved = saved_modules(model, config)
+    chosen = _chosen_names(model, config, names, modules)
+    excluded = set(_matching(names, config.exclude_modules, "exclude_modules")) if config.exclude_modules else set()
+    chosen = [name for name in chosen if name not in excluded]
+    if config.layers is not None:
+        chosen = _in_layers(chosen, config.layers)
+    sizes = _block_sizes(chosen, config)
+    targets, seen = [], set()
+    for name in chosen:
+        module = modules[name]
+        if id(module) in seen or any(name == top or name.startswith(top + ".") for top in saved):
+            continue
+        seen.add(id(module))
+        layer_class = layer_class_for(module)
+        if layer_class is None:
+            raise AdapterError(
+                f"{name} is a {type(module).__name__}, which cannot be adapted; target nn.Linear, Conv1D, "
+                "nn.Embedding, nn.Conv2d or quantized linear modules"
+            )
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise AdapterError(
+                f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so an adapter here would "
+                "never train; leave it out with exclude_modules"
+            )
+        targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, sizes.get(name)))
+    if not targets:
+        raise AdapterError(
+            f"nothing to adapt in this {type(model).__name__}: no module matches target_modules="
+            f"{config.target_modules!r} with exclude_modules={config.exclude_modules!r} and layers={config.layers!r}"
+        )
+    return targets
+
+
+def output_heads(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Paths of the modules outside a transformers model's body: ``(language-model heads, task heads)``."""
+    embeddings = getattr(model, "get_output_embeddings", None)
+    try:
+        output = embeddings() if callable(embeddings) else None
+    except (NotImplementedError, AttributeError):  # some transformers models have the method and no such head
+        output = None
+    language = {name for name, module in model.named_modules() if module is output}
+    body = getattr(model, "base_model", None)
+    prefix = getattr(model, "base_model_prefix", "")
+    if not isinstance(body, nn.Module) or body is model or not prefix:
+        return language, set()
+    outside = {name for name, _ in model.named_children() if name != prefix}
+    return language, {name for name in outside if name not in language and _has_parameters(model.get_submodule(name))}
+
+
+def saved_modules(model: nn.Module, config: OFTConfig) -> list[str]:
+    """Paths of the modules that are trained in full; by default the task heads of a transformers model.
+
+    Raises:
+        AdapterError: a name that matches nothing.
+    """
+    if config.modules_to_save is None:
+        language, heads = output_heads(model)
+        return sorted(head for head in heads if not any(name.startswith(head) for name in language))
+    names = [name for name, _ in model.named_modules() if name]
+    return _matching(names, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _chosen_names(model: nn.Module, config: OFTConfig, names: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    if config.target_modules != ALL_LINEAR:
+        return _matching(names, config.target_modules, "target_modules")
+    language, heads = output_heads(model)
+    outside = language | heads
+    return [
+        name
+        for name in names
+        if layer_class_for(modules[name]) in (OFTLinear, QuantOFTLinear)
+        and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)  # reads the weight, never calls
+        and not any(name == head or name.startswith(head + ".") for head in outside)
+    ]
+
+
+def _matching(names: list[str], wanted: str | Iterable[str], field: str) -> list[str]:
+    """The names that a regular expression matches whole, or that equal or end with one of a list of names."""
+    if isinstance(wanted, str):
+        found = [name for name in names if re.fullmatch(wanted, name)]
+        if not found:
+            raise AdapterError(
+                f"{field}={wanted!r} matches no module path as a regular expression{_close(names, wanted)}"
+            )
+        return found
+    entries = list(wanted)
+    for entry in entries:
+        if not any(name == entry or name.endswith("." + entry) for name in names):
+            raise AdapterError(f"{field}: {entry!r} is not the name of any module{_close(names, entry)}")
+    return [name for name in names if any(name == entry or name.endswith("." + entry) for entry in entries)]
+
+
+def _close(names: list[str], wanted: str) -> str:
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+    close = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], ends, n=3, cutoff=0.5)
+    return (
+        f"; did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else f"; there are {', '.join(map(repr, ends[:20]))}"
+    )
+
+
+def _in_layers(names: list[str], layers: tuple[int, ...]) -> list[str]:
+    number = {name: match and int(match[1]) for name in names for match in [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)]}
+    missing = sorted(set(layers) - {value for value in number.values() if value is not None})
+    if missing:
+        raise AdapterError(f"layers: no target module lies in layer {', '.join(map(str, missing))}")
+    return [name for name in names if number[name] in layers]
+
+
+def _block_sizes(names: list[str], config: OFTConfig) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for pattern, size in config.block_size_pattern.items():
+        found = [name for name in names if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name)]
+        if not found:
+            raise AdapterError(
+                f"block_size_pattern: {pattern!r} matches none of the target modules{_close(names, pattern)}"
+            )
+        for name in found:
+            sizes.setdefault(name, size)
+    return sizes

@@ -1,0 +1,179 @@
+"""``wrap_model`` and ``unwrap_model``: adapters on a whole model, and off again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .base import DEFAULT_ADAPTER, OFTLayer, Rotation
+from .checkpointing import add_hooks, remove_hooks
+from .config import OFTConfig
+from .errors import AdapterError
+from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter, set_state
+from .targets import Target, find_targets, layer_class_for, saved_modules
+
+
+def wrap_model(
+    model: nn.Module, config: OFTConfig | None = None, *, adapter_name: str = DEFAULT_ADAPTER, **fields: Any
+) -> nn.Module:
+    """Puts a trainable orthogonal adapter on a model, in place, and freezes everything else.
+
+    Everything is checked first: a model is either wrapped whole or left as it was.
+
+    Args:
+        model (nn.Module): any model, quantized or not.
+        config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
+            with ``block_size=32``.
+        adapter_name (str): the adapter's name.
+        **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it: ``wrap_model(model, block_size=64)``.
+
+    Returns:
+        nn.Module: the same object.
+
+    Raises:
+        AdapterError: nothing to adapt, names that match nothing, sizes that do not divide, or a model that is wrapped
+            already.
+        ConfigError: a field with a value that is not allowed.
+    """
+    config = dataclasses.replace(config, **fields) if config is not None else OFTConfig(**fields)
+    check_model(model, adapter_name)
+    targets = find_targets(model, config)
+    check_sizes(targets, config)
+    install(model, config, targets, adapter_name, trained=trained_names(model, config, targets))
+    return model
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Takes the adapters off, in place: the base model as it was, its own trained parameters put back too.
+
+    Returns:
+        nn.Module: the same object.
+
+    Raises:
+        AdapterError: the model is not wrapped.
+    """
+    state = get_state(model)
+    for _, layer in oft_layers(model):
+        if layer.merged:
+            layer.unmerge()
+    for name, value in state.originals[state.active].items():
+        plain_parameter(model, name).data.copy_(value)
+    uninstall(model)
+    return model
+
+
+def check_sizes(targets: list[Target], config: OFTConfig) -> None:
+    """Raises one AdapterError that names every target whose size the block size does not divide."""
+    problems = []
+    for target in targets:
+        features, groups = target.layer_class.rotated_features(target.module)
+        try:
+            Rotation.resolve(config, features, target.name, groups=groups, block_size=target.block_size)
+        except AdapterError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise AdapterError("\n".join(problems[:5]) + more)
+
+
+def install(
+    model: nn.Module, config: OFTConfig, targets: list[Target], adapter_name: str, *, trained: Sequence[str]
+) -> None:
+    """Replaces checked targets by adapted layers and freezes all but the base parameters named in ``trained``."""
+    state = AdapterState(
+        configs={adapter_name: config},
+        active=adapter_name,
+        trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        originals={adapter_name: {name: model.get_parameter(name).detach().clone() for name in trained}},
+    )
+    model.requires_grad_(False)
+    add_hooks(model)
+    for target in targets:
+        layer = target.layer_class(
+            target.module, config, adapter_name=adapter_name, name=target.name, block_size=target.block_size
+        )
+        for path in target.paths:
+            _replace(model, path, layer)
+            _leave_fast_path(model, path, layer)
+    for name in trained:
+        plain_parameter(model, name).requires_grad_(True)
+    set_state(model, state)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Puts the base layers (merged or not) back in place of the adapted ones, and forgets the adapters."""
+    trainable = get_state(model).trainable_before
+    remove_hooks(model)
+    replaced = [
+        (path, layer) for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, OFTLayer)
+    ]
+    for path, layer in replaced:
+        _replace(model, path, layer.base_layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    set_state(model, None)
+
+
+def check_model(model: nn.Module, adapter_name: str) -> None:
+    """Refuses what cannot be wrapped: no model, a bare layer, or one with adapters."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"wrap_model takes a torch.nn.Module, and this is a {type(model).__name__}")
+    if (layer_class := layer_class_for(model)) is not None:
+        raise AdapterError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
+            f"{layer_class.__name__}(model, config)"
+        )
+    if not adapter_name or "." in adapter_name:
+        raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: use a non-empty name without dots")
+    if find_state(model) is not None:
+        raise AdapterError(
+            f"this {type(model).__name__} is wrapped already (adapter {get_state(model).active!r}): call "
+            "merge(model) to keep what it learned, or unwrap_model(model) to drop it, before wrapping it again"
+        )
+    inside = [
+        name for name, module in model.named_modules() if isinstance(module, OFTLayer) or hasattr(module, "lora_A")
+    ]
+    if inside or isinstance(model, OFTLayer):
+        raise AdapterError(
+            f"this {type(model).__name__} holds adapted layers already ({', '.join(inside[:3]) or 'itself'}): adapters "
+            "are not nested; merge or remove those first"
+        )
+
+
+def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) -> list[str]:
+    """Names of the base parameters that train in full: those of ``modules_to_save``, and biases."""
+    tops = saved_modules(model, config)
+    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # a tied one by each name
+    names = [name for name in everything if any(name.startswith(top + ".") for top in tops)]
+    if config.bias == "none":
+        return names
+    if config.bias == "all":
+        biases = [name for name in everything if name.split(".")[-1] == "bias"]
+    else:
+        biases = [f"{t.name}.bias" for t in targets if getattr(t.module, "bias", None) is not None]
+    if not biases:
+        raise AdapterError(f'bias={config.bias!r} would train nothing: there is no bias; use bias="none"')
+    return names + [name for name in biases if name not in names]
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _leave_fast_path(model: nn.Module, path: str, layer: OFTLayer) -> None:
+    """Keeps torch's fused encoder layer from reading ``linear1.weight`` past the rotation: hooks make it step aside."""
+    parts = path.split(".")
+    for end in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:end]))
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False
+        if isinstance(parent, nn.TransformerEncoderLayer) and _no_operation not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_no_operation)
+
+
+def _no_operation(module: nn.Module, args: Any) -> None:
+    return None
