@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,21 +57,21 @@ def merge(
 
     Args:
         model (nn.Module): a wrapped model, or one adapted layer.
-        unload (bool): put plain layers back. With ``False`` the adapted layers stay and :func:`unmerge` can take the
-            adapter out again.
-        keep_original (bool): with ``unload=False``, keep the original weights, so that :func:`unmerge` restores them bit
-            for bit; without, they come back by the inverse rotation (to about 1e-7 in float32). Quantized originals
+        unload (bool): put plain layers back. With ``False`` the adapted layers stay, and :func:`unmerge` can take
+            the adapter out again.
+        keep_original (bool): with ``unload=False``, keep the original weights, so that :func:`unmerge` restores them
+            bit for bit; without, they come back by the inverse rotation (to about 1e-7 in float32). Quantized originals
             are always kept.
-        dtype (torch.dtype | None): what quantized layers become: dequantized ``nn.Linear`` of this dtype; ``None`` takes
-            the dtype of the model's other weights.
+        dtype (torch.dtype | None): what quantized layers become: dequantized ``nn.Linear`` of this dtype; ``None``
+            takes the dtype of the model's other weights.
         requantize (bool): quantize merged weights again instead; a warning reports the error that this costs.
 
     Returns:
         nn.Module: the same object.
 
     Raises:
-        AdapterError: not wrapped, already merged, generators with NaN or Inf, or a weight that cannot be read; nothing is
-            changed then.
+        AdapterError: not wrapped, already merged, generators with NaN or Inf, or a weight that cannot be read; nothing
+            is changed then.
     """
     layers = _merge_ready(model)
     quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
@@ -80,7 +81,7 @@ def merge(
         raise AdapterError(f"dtype={dtype} is not allowed: use a floating-point dtype")
     dtype = dtype or _model_dtype(model)
     tied = _tied_weights(model)
-    for name, layer in layers.items():
+    for layer in layers.values():
         shared = id(layer.base_layer._parameters.get("weight")) in tied
         if isinstance(layer, QuantOFTLinear):
             layer.merge(dtype=dtype, requantize=requantize)
@@ -166,7 +167,9 @@ def _tied_weights(model: nn.Module) -> set[int]:
 
 def _untie(model: nn.Module) -> None:
     """Says in a transformers configuration that weights are no longer tied, so that saving keeps both."""
-    for config in (model.config, getattr(model.config, "text_config", None)):
+    top: Any = model.config
+    nested: Any = getattr(top, "text_config", None)
+    for config in (top, nested):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
 

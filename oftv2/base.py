@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,88 +13,12 @@ from torch import Tensor, nn
 from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError, StabilityWarning
-from .reference import skew
+from .rotation import Rotation, generator_norm
 
 DEFAULT_ADAPTER = "default"
 _WARN_NORM = 0.9
 # On an accelerator, reading a norm waits for the device: look at it once in so many training steps.
 _NORM_CHECK_INTERVAL = 64
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The settings of one adapter in one layer, with the block size resolved."""
-
-    block_size: int
-    num_blocks: int
-    terms: int = 4
-    parametrization: str = "cayley_neumann"
-    dropout: float = 0.0
-    constraint: float | None = None
-    block_share: bool = False
-    scale: bool = False
-
-    @classmethod
-    def resolve(
-        cls, config: OFTConfig, features: int, name: str, *, groups: int = 1, block_size: int | None = None
-    ) -> Rotation:
-        """The rotation that ``config`` asks for on ``features`` inputs (in ``groups`` that no block may straddle).
-
-        Raises:
-            AdapterError: the block size does not divide, with the nearest sizes that do.
-        """
-        wanted = block_size or config.block_size
-        if wanted is not None:
-            asked, exact = f"block_size={wanted}", True
-        else:
-            assert config.num_blocks is not None
-            wanted = max(1, round(features / config.num_blocks))
-            asked, exact = f"num_blocks={config.num_blocks}", wanted * config.num_blocks == features
-        unit = features // groups
-        if not exact or wanted < 2 or unit % wanted:
-            divisors = [size for size in range(2, unit + 1) if unit % size == 0]
-            near = [
-                *[size for size in divisors if size <= wanted][-1:],
-                *[size for size in divisors if size > wanted][:1],
-            ]
-            usable = [size for size in near if wanted / 4 <= size <= 4 * wanted]
-            if not (config.adjust_block_size and usable):
-                per_group = f" in groups of {unit}" if groups > 1 else ""
-                adjust = "" if config.adjust_block_size else ", or set adjust_block_size=True"
-                raise AdapterError(
-                    f"{name}: {asked} does not divide its {features} input features{per_group}; the nearest block sizes "
-                    f"that do: {' and '.join(map(str, near)) or 'none, there is nothing to rotate'}. Choose one, give "
-                    f"this layer its own in block_size_pattern, leave it out with exclude_modules{adjust}"
-                )
-            wanted = min(usable, key=lambda size: abs(math.log(size / wanted)))
-        return cls(
-            wanted,
-            features // wanted,
-            config.neumann_terms,
-            config.parametrization,
-            config.dropout,
-            config.constraint,
-            config.block_share,
-            config.scale_generators,
-        )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the packed generators."""
-        return 1 if self.block_share else self.num_blocks, self.block_size * (self.block_size - 1) // 2
-
-    def effective(self, generators: Tensor) -> Tensor:
-        """The packed generators after scaling and projection."""
-        return F.effective_generators(generators, self.block_size, scale=self.scale, constraint=self.constraint)
-
-    def delta(self, generators: Tensor) -> Tensor:
-        """``Δ = R − I`` of ``(r, b, b)``, without dropout; a shared block is expanded, not copied."""
-        packed = self.effective(generators)
-        if self.parametrization == "cayley":
-            delta = F.cayley(packed, self.block_size)
-        else:
-            delta = F.cayley_neumann(packed, self.block_size, self.terms)
-        return delta.expand(self.num_blocks, -1, -1) if self.block_share else delta
 
 
 class OFTLayer(nn.Module):
@@ -114,6 +36,8 @@ class OFTLayer(nn.Module):
             float64 base); all that is trained.
         rotations (dict[str, Rotation]): by adapter name, the settings.
     """
+
+    base_layer: Any  # a module of any class; its attributes are its own affair
 
     def __init__(
         self,
@@ -147,7 +71,7 @@ class OFTLayer(nn.Module):
         self.train(base_layer.training)
 
     @staticmethod
-    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+    def rotated_features(base_layer: Any) -> tuple[int, int]:
         """``(size of what is rotated, parts of it that no block may straddle)``."""
         raise NotImplementedError
 
@@ -331,13 +255,8 @@ class OFTLayer(nn.Module):
         return f"block_size={rotation.block_size}, num_blocks={rotation.num_blocks}{shared}{state and ', ' + state}"
 
 
-def generator_norm(packed: Tensor, block_size: int) -> float:
-    """The largest spectral norm ``‖Q‖₂`` of the blocks of packed generators ``(r, b(b−1)/2)``."""
-    return torch.linalg.matrix_norm(skew(packed.float(), block_size), ord=2).amax().item()
-
-
-def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy of ``module`` (its class, attributes and hooks) with another weight; a tied weight is left to its peers."""
+def with_weight(module: Any, weight: Tensor) -> nn.Module:
+    """A copy of ``module`` (class, attributes, hooks) with another weight; a tied weight is left to its peers."""
     clone = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(clone, registry, dict(getattr(module, registry)))
@@ -346,7 +265,7 @@ def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def rotated(weight: Tensor, delta: Tensor) -> Tensor:
-    """``weight`` of ``(n, d)`` rotated by ``I + Δ`` in float32 or wider, back in its own dtype; rows in bounded chunks."""
+    """``weight`` of ``(n, d)`` rotated by ``I + Δ`` in float32 or wider, back in its own dtype; in chunks of rows."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     delta = delta.to(weight.device, wide)
@@ -361,7 +280,7 @@ def _placement(base_layer: nn.Module) -> tuple[torch.device, bool]:
     """Where generators go, and whether in float64: beside the base weight, or where a dispatched base computes."""
     parameters = [*base_layer.parameters(), *base_layer.buffers()]
     device = parameters[0].device if parameters else torch.device("cpu")
-    hook = getattr(base_layer, "_hf_hook", None)
-    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        device = torch.device(hook.execution_device)
+    elsewhere = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    if device.type == "meta" and elsewhere is not None:
+        device = torch.device(elsewhere)
     return device, any(parameter.dtype == torch.float64 for parameter in parameters)

@@ -46,15 +46,16 @@ def compare_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
         scale = max(a.norm().item(), b.norm().item(), 1e-30)
         difference = (a - b).norm().item() / scale if a.shape == b.shape else float("inf")
         if difference > (_TOLERANCE_QUANTIZED if quantized else _TOLERANCE):
+            base = f"{saved['name_or_path'] or 'the base'} ({saved['class']})"
             problems.append(
-                f"{name}: the base weights differ by {difference:.0%} from those of {saved['name_or_path'] or 'the base'} "
-                f"({saved['class']}) that the adapter was trained on; check_base=False loads it all the same"
+                f"{name}: the base weights differ by {difference:.0%} from those of {base} that the adapter was "
+                "trained on; check_base=False loads it all the same"
             )
     return problems
 
 
 @torch.no_grad()
-def sketch(module: nn.Module) -> dict[str, Any] | None:
+def sketch(module: Any) -> dict[str, Any] | None:
     """A few weighted sums of the weight, which survive rounding and quantization; None where it cannot be read."""
     backend = find_backend(module)
     weight: Tensor | None = backend.dequantize(module) if backend else getattr(module, "weight", None)

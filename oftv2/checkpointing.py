@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class InputGradients:
     """A hook that makes the model's first floating-point tensors require a gradient.
 
-    A transformers model says when it checkpoints: the hook does nothing otherwise. Of any other model that is not known,
-    so there it is always on while training; the price is one input gradient of the first adapted layer.
+    A transformers model says when it checkpoints: the hook does nothing otherwise. Of any other model that is not
+    known, so there it is always on while training; the price is one input gradient of the first adapted layer.
     """
 
     def __init__(self, model: nn.Module) -> None:

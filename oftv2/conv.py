@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from . import functional as F
@@ -12,8 +14,8 @@ class OFTConv2d(OFTLayer):
     r"""A frozen convolution whose input patches are rotated.
 
     A convolution is a linear layer on patches of ``C/groups · kh · kw`` values, in the order of ``torch.nn.Unfold``;
-    each patch is rotated before it meets the kernels. Patches overlap, so the rotated input cannot be written back as an
-    image: the same function is computed by rotating the kernels, ``W′ = W · blockdiag(R)ᵀ``, which also costs less.
+    each patch is rotated before it meets the kernels. Patches overlap, so the rotated input cannot be written back as
+    an image: the same function is computed by rotating the kernels, ``W′ = W · blockdiag(R)ᵀ``, which also costs less.
     With groups, every group has blocks of its own.
 
     Args:
@@ -26,11 +28,11 @@ class OFTConv2d(OFTLayer):
     """
 
     @staticmethod
-    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+    def rotated_features(base_layer: Any) -> tuple[int, int]:
         return base_layer.groups * base_layer.weight[0].numel(), base_layer.groups
 
     def _as_rows(self, weight: Tensor) -> Tensor:
-        """``(n, C/groups, kh, kw)`` as ``(n/groups, groups · C/groups · kh · kw)``: one row holds every group's patch."""
+        """``(n, C/groups, kh, kw)`` as ``(n/groups, C · kh · kw)``: one row holds a patch of every group."""
         groups = self.base_layer.groups
         return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(0, 1).flatten(1)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .base import OFTLayer, generator_norm
+from .base import OFTLayer
 from .errors import AdapterError
+from .rotation import generator_norm
 from .state import oft_layers
 
 

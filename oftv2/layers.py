@@ -31,7 +31,7 @@ class OFTLinear(OFTLayer):
     """
 
     @staticmethod
-    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+    def rotated_features(base_layer: Any) -> tuple[int, int]:
         return (base_layer.weight.shape[0] if is_conv1d(base_layer) else base_layer.in_features), 1
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,7 +58,7 @@ class OFTEmbedding(OFTLayer):
     """
 
     @staticmethod
-    def rotated_features(base_layer: nn.Module) -> tuple[int, int]:
+    def rotated_features(base_layer: Any) -> tuple[int, int]:
         return base_layer.embedding_dim, 1
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -146,7 +146,7 @@ def _is_bitsandbytes(class_name: str) -> Callable[[nn.Module], bool]:
     return matches
 
 
-def _dequantize_4bit(module: nn.Module) -> Tensor:
+def _dequantize_4bit(module: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     state = copy.copy(module.weight.quant_state)
@@ -154,25 +154,26 @@ def _dequantize_4bit(module: nn.Module) -> Tensor:
     return dequantize_4bit(module.weight.data, state)
 
 
-def _requantize_4bit(module: nn.Module, weight: Tensor) -> nn.Module:
+def _requantize_4bit(module: Any, weight: Tensor) -> nn.Module:
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
-    clone = copy.copy(module)
+    clone: Any = copy.copy(module)
     clone._parameters = dict(module._parameters)
-    clone.weight = Params4bit(
+    weight_4bit: Any = Params4bit(
         weight.to(old.quant_state.dtype).cpu(),
         quant_type=old.quant_type,
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,
         quant_storage=old.quant_storage,
         module=clone,
-    ).to(old.device)
+    )
+    clone.weight = weight_4bit.to(old.device)
     clone.quant_state = clone.weight.quant_state
     return clone
 
 
-def _prepare_4bit(module: nn.Module, name: str) -> None:
+def _prepare_4bit(module: Any, name: str) -> None:
     """Keeps bitsandbytes from repacking the weight for a CPU's bf16 instructions in the first evaluation.
 
     That rounds the scales to bf16 for good, and the repacked layer lets no gradient through.
@@ -186,37 +187,35 @@ def _prepare_4bit(module: nn.Module, name: str) -> None:
             module.weight.data, state
         )
         warnings.warn(
-            f"{name}: an evaluation before wrapping made bitsandbytes repack this weight for the CPU, which rounded its "
-            "scales to bf16. It was unpacked so that it can be trained through; to keep the exact scales, call "
+            f"{name}: an evaluation before wrapping made bitsandbytes repack this weight for the CPU, which rounded "
+            "its scales to bf16. It was unpacked so that it can be trained through; to keep the exact scales, call "
             "wrap_model before the first evaluation (a fresh adapter changes nothing)",
             stacklevel=4,
         )
 
 
-def _int8_scales(module: nn.Module) -> Tensor:
+def _int8_scales(module: Any) -> Tensor:
     return module.state.SCB if module.state.SCB is not None else module.weight.SCB
 
 
-def _dequantize_int8(module: nn.Module) -> Tensor:
+def _dequantize_int8(module: Any) -> Tensor:
     if module.state.has_fp16_weights:
         return module.weight.detach().float()
     return module.weight.data.float() * (_int8_scales(module).float()[:, None] / 127)
 
 
-def _requantize_int8(module: nn.Module, weight: Tensor) -> nn.Module:
+def _requantize_int8(module: Any, weight: Tensor) -> nn.Module:
     from bitsandbytes import MatmulLtState
     from bitsandbytes.nn import Int8Params
 
-    clone = copy.copy(module)
+    clone: Any = copy.copy(module)
     clone._parameters = dict(module._parameters)
     clone.state = MatmulLtState()
     clone.state.threshold = module.state.threshold
     clone.state.has_fp16_weights = module.state.has_fp16_weights
     clone.state.use_pool = module.state.use_pool
-    device = module.weight.device
-    clone.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=module.state.has_fp16_weights).to(
-        device
-    )
+    weight_8bit: Any = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=module.state.has_fp16_weights)
+    clone.weight = weight_8bit.to(module.weight.device)
     return clone
 
 

@@ -24,7 +24,7 @@ def pack(Q: Tensor) -> Tensor:
 
 
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
-    """``R = (I + Q)(I + Q + … + Qᵏ)``, the Cayley transform with its Neumann series cut after ``Qᵏ`` (k = ``terms``)."""
+    """``R = (I + Q)(I + Q + … + Qᵏ)``, the Cayley transform, its Neumann series cut after ``Qᵏ`` (k = ``terms``)."""
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
     series, power = identity, identity
     for _ in range(terms):

@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .base import DEFAULT_ADAPTER, Rotation
+from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, describe_base
 from .config import ConfigError, OFTConfig
 from .errors import AdapterError
+from .rotation import Rotation
 from .state import find_state, get_state, oft_layers, plain_parameter
 from .targets import Target, layer_class_for
 from .wrap import check_model, install
@@ -136,7 +137,7 @@ def load_adapter(
     adapter = read_adapter(folder)
     wrapped = find_state(model) is not None
     if wrapped:
-        problems, targets = _compare_wrapped(model, adapter, adapter_name), []
+        problems, targets = _compare_wrapped(model, adapter, adapter_name), list[Target]()
     else:
         check_model(model, adapter_name)
         problems, targets = _compare_plain(model, adapter)
@@ -173,8 +174,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         manifest = json.loads(metadata["oftv2"])
         if manifest["format_version"] > _FORMAT_VERSION:
             raise AdapterError(
-                f"{path} has format version {manifest['format_version']}, and this oftv2 reads up to {_FORMAT_VERSION}: "
-                "update oftv2"
+                f"{path} has format version {manifest['format_version']}, and this oftv2 reads up to "
+                f"{_FORMAT_VERSION}: update oftv2"
             )
         return AdapterFile(
             OFTConfig.from_dict(manifest["config"]),

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .base import DEFAULT_ADAPTER, OFTLayer, Rotation
+from .base import DEFAULT_ADAPTER, OFTLayer
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
 from .errors import AdapterError
+from .rotation import Rotation
 from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
 
@@ -28,7 +29,8 @@ def wrap_model(
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
             with ``block_size=32``.
         adapter_name (str): the adapter's name.
-        **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it: ``wrap_model(model, block_size=64)``.
+        **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it, as in
+            ``wrap_model(model, block_size=64)``.
 
     Returns:
         nn.Module: the same object.

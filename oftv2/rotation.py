@@ -1,0 +1,94 @@
+"""The rotation of one layer: its settings with the block size resolved, and Δ from generators."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import functional as F
+from .config import OFTConfig
+from .errors import AdapterError
+from .reference import skew
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The settings of one adapter in one layer, with the block size resolved."""
+
+    block_size: int
+    num_blocks: int
+    terms: int = 4
+    parametrization: str = "cayley_neumann"
+    dropout: float = 0.0
+    constraint: float | None = None
+    block_share: bool = False
+    scale: bool = False
+
+    @classmethod
+    def resolve(
+        cls, config: OFTConfig, features: int, name: str, *, groups: int = 1, block_size: int | None = None
+    ) -> Rotation:
+        """The rotation that ``config`` asks for on ``features`` inputs (in ``groups`` that no block may straddle).
+
+        Raises:
+            AdapterError: the block size does not divide, with the nearest sizes that do.
+        """
+        size = block_size or config.block_size or max(1, round(features / (config.num_blocks or 1)))
+        unit = features // groups
+        exact = bool(block_size or config.block_size) or size * (config.num_blocks or 1) == features
+        if not exact or size < 2 or unit % size:
+            nearest = _nearest_divisors(unit, size)
+            usable = [divisor for divisor in nearest if size / 4 <= divisor <= 4 * size]
+            if not (config.adjust_block_size and usable):
+                by_blocks = config.num_blocks is not None and block_size is None
+                asked = f"num_blocks={config.num_blocks}" if by_blocks else f"block_size={size}"
+                per_group = f" in groups of {unit}" if groups > 1 else ""
+                adjust = "" if config.adjust_block_size else ", or set adjust_block_size=True"
+                raise AdapterError(
+                    f"{name}: {asked} does not divide its {features} input features{per_group}; the nearest block "
+                    f"sizes that do: {' and '.join(map(str, nearest)) or 'none, there is nothing to rotate'}. Choose "
+                    f"one, give this layer its own in block_size_pattern, leave it out with exclude_modules{adjust}"
+                )
+            size = min(usable, key=lambda divisor: abs(math.log(divisor) - math.log(size)))
+        return cls(
+            block_size=size,
+            num_blocks=features // size,
+            terms=config.neumann_terms,
+            parametrization=config.parametrization,
+            dropout=config.dropout,
+            constraint=config.constraint,
+            block_share=config.block_share,
+            scale=config.scale_generators,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the packed generators."""
+        return 1 if self.block_share else self.num_blocks, self.block_size * (self.block_size - 1) // 2
+
+    def effective(self, generators: Tensor) -> Tensor:
+        """The packed generators after scaling and projection."""
+        return F.effective_generators(generators, self.block_size, scale=self.scale, constraint=self.constraint)
+
+    def delta(self, generators: Tensor) -> Tensor:
+        """``Δ = R − I`` of ``(r, b, b)``, without dropout; a shared block is expanded, not copied."""
+        packed = self.effective(generators)
+        if self.parametrization == "cayley":
+            delta = F.cayley(packed, self.block_size)
+        else:
+            delta = F.cayley_neumann(packed, self.block_size, self.terms)
+        return delta.expand(self.num_blocks, -1, -1) if self.block_share else delta
+
+
+def generator_norm(packed: Tensor, block_size: int) -> float:
+    """The largest spectral norm ``‖Q‖₂`` of the blocks of packed generators ``(r, b(b−1)/2)``."""
+    return torch.linalg.matrix_norm(skew(packed.float(), block_size), ord=2).amax().item()
+
+
+def _nearest_divisors(number: int, size: int) -> list[int]:
+    """The largest divisor of ``number`` up to ``size`` and the smallest above it, from 2 up."""
+    divisors = [divisor for divisor in range(2, number + 1) if number % divisor == 0]
+    return [d for d in divisors if d <= size][-1:] + [d for d in divisors if d > size][:1]

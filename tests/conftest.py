@@ -1,0 +1,56 @@
+"""Fixtures that all tests share.
+
+The repository's root is taken off the import path: a folder ``kernels`` there would hide Hugging Face's package of that
+name, and the tests are to import what is installed, whatever the working directory.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Makes randomly initialised two-layer Llama models with equal weights for equal arguments."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**fields):
+        config = LlamaConfig(
+            **{
+                "vocab_size": 128,
+                "hidden_size": 64,
+                "intermediate_size": 160,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                **fields,
+            }
+        )
+        torch.manual_seed(1)
+        return LlamaForCausalLM(config).eval()
+
+    return make
+
+
+def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 3) -> None:
+    """Gives every adapter of a model random generators."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".generators." in name or name.startswith("generators."):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
