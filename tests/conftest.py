@@ -54,3 +54,10 @@ def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 3) -> None:
     for name, parameter in model.named_parameters():
         if ".generators." in name or name.startswith("generators."):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
+    """‖actual − expected‖ ≤ relative · ‖expected‖, in float64."""
+    error = torch.linalg.vector_norm(actual.double() - expected.double())
+    scale = torch.linalg.vector_norm(expected.double())
+    assert error <= relative * scale + 1e-300, f"{name}: relative error {error / scale:.2e} > {relative:.0e}"

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,13 +18,6 @@ ops = torch.ops.oftv2
 
 def packed(r: int, b: int, std: float = 0.1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(r, b * (b - 1) // 2, dtype=dtype) * std
-
-
-def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
-    """‖actual − expected‖ ≤ relative · ‖expected‖, in float64."""
-    error = torch.linalg.vector_norm(actual.double() - expected.double())
-    scale = torch.linalg.vector_norm(expected.double())
-    assert error <= relative * scale + 1e-300, f"{name}: relative error {error / scale:.2e} > {relative:.0e}"
 
 
 # What rounding alone costs, with room for the order of summation: a few units of the dtype's precision.

@@ -1,0 +1,91 @@
+"""Merging into the weight and out again: values, drift, bits, dtypes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close, randomize
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYERS = {
+    "linear": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16)),
+    "conv1d": lambda: OFTLinear(Conv1D(33, 64), OFTConfig(block_size=16)),
+    "embedding": lambda: OFTEmbedding(nn.Embedding(100, 64), OFTConfig(block_size=16)),
+    "conv2d": lambda: OFTConv2d(nn.Conv2d(8, 6, (2, 3), groups=2), OFTConfig(block_size=12)),
+    "shared": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16, block_share=True)),
+    "exact": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16, parametrization="cayley")),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+class TestMerge:
+    def input_for(self, layer, dtype=torch.float32):
+        if isinstance(layer, OFTEmbedding):
+            return torch.arange(100)
+        shape = (3, 8, 5, 6) if isinstance(layer, OFTConv2d) else (7, 64)
+        return torch.randn(shape, dtype=dtype)
+
+    def test_merged_weight_does_the_same(self, make):
+        layer = make()
+        randomize(layer, std=0.1)
+        x = self.input_for(layer)
+        expected = layer(x)
+        layer.merge()
+        assert_close("output", layer(x), expected, 2e-6)
+        with pytest.raises(AdapterError, match="already merged"):
+            layer.merge()
+
+    def test_ten_round_trips_drift_less_than_1e_6(self, make):
+        layer = make()
+        randomize(layer, std=0.1)
+        original = layer.weight.clone()
+        for _ in range(10):
+            layer.merge()
+            layer.unmerge()
+        assert_close("weight", layer.weight, original, 1e-6)
+        with pytest.raises(AdapterError, match="not merged"):
+            layer.unmerge()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_kept_original_comes_back_bit_for_bit(self, make, dtype):
+        layer = make().to(dtype)
+        randomize(layer, std=0.1)
+        original, parameter = layer.weight.clone(), layer.weight
+        layer.merge(keep_original=True)
+        assert not torch.equal(layer.weight, original)
+        assert layer.weight.dtype == dtype
+        layer.unmerge()
+        assert layer.weight is parameter
+        assert torch.equal(layer.weight, original)
+
+    def test_16_bit_weights_are_merged_in_float32_and_rounded_once(self, make):
+        layer = make().bfloat16()
+        randomize(layer, std=0.1)
+        wide = copy.deepcopy(layer).float()
+        layer.merge()
+        wide.merge()
+        assert torch.equal(layer.weight, wide.weight.bfloat16())
+
+    def test_unmerge_uses_what_was_merged_not_what_is_there_now(self, make):
+        layer = make()
+        randomize(layer, std=0.1)
+        original = layer.weight.clone()
+        layer.merge()
+        randomize(layer, std=0.1, seed=9)
+        layer.unmerge()
+        assert_close("weight", layer.weight, original, 1e-6)
+
+    def test_generators_with_nan_are_refused_and_nothing_changes(self, make):
+        layer = make()
+        layer.generators["default"].data[0, 0] = float("nan")
+        original = layer.weight.clone()
+        with pytest.raises(AdapterError, match="NaN or Inf"):
+            layer.merge()
+        assert torch.equal(layer.weight, original)
+        assert not layer.merged
