@@ -103,8 +103,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write_atomically(target / TENSORS_FILE, data)
-    _write_atomically(target / CONFIG_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(target / TENSORS_FILE, data)
+    write_atomically(target / CONFIG_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
     return target
 
 
@@ -292,7 +292,7 @@ def _copy(model: nn.Module, adapter: AdapterFile, adapter_name: str, trainable: 
             parameter.requires_grad_(trainable)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replaces ``path`` in one step; leftovers of writers that were killed are swept up."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from .base import DEFAULT_ADAPTER, OFTLayer
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
 from .errors import AdapterError
+from .pretrained import present, unpresent
 from .rotation import Rotation
 from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
@@ -103,6 +104,7 @@ def install(
     for name in trained:
         plain_parameter(model, name).requires_grad_(True)
     set_state(model, state)
+    present(model)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -117,6 +119,7 @@ def uninstall(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     set_state(model, None)
+    unpresent(model)
 
 
 def check_model(model: nn.Module, adapter_name: str) -> None:

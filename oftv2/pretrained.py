@@ -1,0 +1,97 @@
+"""How a wrapped transformers model presents itself to ``Trainer``.
+
+``Trainer`` refuses a quantized model unless told that it carries adapters, and would save the whole base model in every
+checkpoint. The wrapped model therefore becomes an instance of a subclass of its own class whose ``save_pretrained``
+writes the adapter; so ``isinstance`` and everything else of its class hold, peft is not needed, and the user's trainer
+stays as it is. Each checkpoint also holds the adapter under ``model.safetensors``, in this model's own parameter names:
+from there ``Trainer`` resumes and restores the best checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .state import get_state, plain_name
+
+CHECKPOINT_FILE = "model.safetensors"
+
+
+class WrappedPreTrainedModel:
+    """Mixed into the class of a wrapped transformers model, in front of it."""
+
+    _hf_peft_config_loaded = True  # what transformers asks of a quantized model before it may be trained
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Writes the adapter as :func:`oftv2.save_adapter` does, and once more for ``Trainer`` to resume from.
+
+        Raises:
+            AdapterError: see :func:`oftv2.save_adapter`; and for ``push_to_hub=True``.
+        """
+        from .serialization import save_adapter, write_atomically  # which imports wrap, which imports this
+
+        assert isinstance(self, nn.Module)
+        if push_to_hub:
+            raise AdapterError("push_to_hub=True is not supported: save_adapter into a folder and upload that")
+        if not is_main_process:
+            return
+        folder = save_adapter(self, save_directory)
+        names = set(trained_keys(self))
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in (state_dict or self.state_dict()).items()
+            if name in names
+        }
+        write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """What a checkpoint leaves out; ``Trainer`` would warn that these keys are missing when it resumes."""
+        assert isinstance(self, nn.Module)
+        trained = set(trained_keys(self))
+        return [name for name in self.state_dict() if name not in trained]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The class exists only in this process: pickle the one it was made from."""
+        return _new, (type(self).__mro__[2],), self.__dict__
+
+
+def trained_keys(model: nn.Module) -> list[str]:
+    """The state dictionary's keys of the generators, and of the base parameters that train in full."""
+    trained = {name for names in get_state(model).originals.values() for name in names}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return [name for name in names if ".generators." in name or plain_name(name) in trained]
+
+
+def present(model: nn.Module) -> None:
+    """Gives a transformers model that has been wrapped its subclass; leaves any other model alone."""
+    classes = type(model).__mro__
+    if any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes):
+        model.__class__ = _wrapped_class(type(model))
+
+
+def unpresent(model: nn.Module) -> None:
+    """Back to the class it had."""
+    if isinstance(model, WrappedPreTrainedModel):
+        model.__class__ = type(model).__mro__[2]
+
+
+def _wrapped_class(cls: type) -> type:
+    attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (WrappedPreTrainedModel, cls), attributes)
+
+
+def _new(cls: type) -> Any:
+    return object.__new__(_wrapped_class(cls))
