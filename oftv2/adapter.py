@@ -13,7 +13,8 @@ from torch import nn
 
 from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
-from .quant import QuantOFTLinear
+from .pretrained import forget_quantization
+from .quant import QuantOFTLinear, find_backend
 from .state import find_state, get_state, oft_layers, plain_parameter
 from .wrap import uninstall
 
@@ -93,6 +94,8 @@ def merge(
         _report_requantization(layers)
     if unload and not isinstance(model, OFTLayer):
         uninstall(model)
+        if quantized and not any(find_backend(module) for module in model.modules()):
+            forget_quantization(model)
     return model
 
 

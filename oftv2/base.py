@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError, StabilityWarning
 from .rotation import Rotation, generator_norm
@@ -208,11 +207,15 @@ class OFTLayer(nn.Module):
             self.base_layer = original.to(_placement(self.base_layer)[0])
         else:
             assert self._merged_delta is not None
-            delta = self._merged_delta.double().cpu()
+            delta = self._merged_delta.double().cpu()  # not every device has float64
             identity = torch.eye(delta.shape[-1], dtype=delta.dtype)
             inverse = torch.linalg.inv(identity + delta) - identity
             self.base_layer = self.merged_base(inverse.to(self._merged_delta))
         self._original, self._merged_delta, self.merged, self._cache = (), None, False, None
+
+    def release_base(self) -> nn.Module:
+        """The base layer, to stand on its own again."""
+        return self.base_layer
 
     def check_finite(self) -> None:
         """Raises AdapterError where the active generators hold NaN or Inf."""
@@ -265,14 +268,19 @@ def with_weight(module: Any, weight: Tensor) -> nn.Module:
 
 
 def rotated(weight: Tensor, delta: Tensor) -> Tensor:
-    """``weight`` of ``(n, d)`` rotated by ``I + Δ`` in float32 or wider, back in its own dtype; in chunks of rows."""
+    """``weight`` of ``(n, d)`` rotated by ``I + Δ`` in float32 or wider, back in its own dtype; in chunks of rows.
+
+    ``W + W Δ``, not ``W (I + Δ)``: rounding the diagonal of ``I + Δ`` would bias every merge in the same direction.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     delta = delta.to(weight.device, wide)
-    rows = max(1, (1 << 24) // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        out[part] = F.rotate(weight[part].to(wide), delta).to(weight.dtype)
+    rows = max(1, (1 << 22) // max(1, weight.shape[1]))
+    with torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, weight.shape[0], rows):
+            part = slice(start, start + rows)
+            blocks = weight[part].to(wide).unflatten(1, delta.shape[:2]).transpose(0, 1)
+            out[part] = torch.baddbmm(blocks, blocks, delta).transpose(0, 1).flatten(1).to(weight.dtype)
     return out
 
 

@@ -25,6 +25,7 @@ class OFTLinear(OFTLayer):
 
     Raises:
         AdapterError: the block size does not divide ``d``.
+        RuntimeError: in a forward pass, when the base layer lets no gradient through.
 
     Shape:
         input ``(..., d)`` of any number of dimensions, output ``(..., n)``; dtypes as the base layer takes them.
@@ -35,9 +36,17 @@ class OFTLinear(OFTLayer):
         return (base_layer.weight.shape[0] if is_conv1d(base_layer) else base_layer.in_features), 1
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.rotating:
-            x = F.rotate(x, self.delta())
-        return self.base_layer(x, *args, **kwargs)
+        if not self.rotating:
+            return self.base_layer(x, *args, **kwargs)
+        rotated_x = F.rotate(x, self.delta())
+        y = self.base_layer(rotated_x, *args, **kwargs)
+        if rotated_x.requires_grad and not y.requires_grad:
+            raise RuntimeError(
+                f"{self.name}: the base layer ({type(self.base_layer).__name__}) returns an output without a gradient, "
+                "so nothing in front of it would train. Choose a quantization that can be trained through, such as "
+                "bitsandbytes NF4, or leave this layer out with exclude_modules"
+            )
+        return y
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         weight = self.base_layer.weight.detach()

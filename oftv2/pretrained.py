@@ -88,6 +88,20 @@ def unpresent(model: nn.Module) -> None:
         model.__class__ = type(model).__mro__[2]
 
 
+def forget_quantization(model: nn.Module) -> None:
+    """Takes from a transformers model, none of whose layers is quantized any more, the word that it is."""
+    if "is_quantized" not in vars(model):
+        return
+    model.is_quantized = False  # type: ignore[assignment]
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    for bits in ("4bit", "8bit"):
+        vars(model).pop(f"is_loaded_in_{bits}", None)
+        vars(model).pop(f"is_{bits}_serializable", None)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        vars(model.config).pop(name, None)
+
+
 def _wrapped_class(cls: type) -> type:
     attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (WrappedPreTrainedModel, cls), attributes)

@@ -26,14 +26,15 @@ class Backend:
         matches: whether a module is such a layer.
         dequantize: its weight as a float32 matrix ``(n, d)``.
         requantize: a layer like the given one that holds another weight, quantized in the same way.
-        prepare: makes a layer ready to be trained through; called when it is wrapped.
+        prepare: makes a layer ready to be trained through, when it is wrapped; returns the attributes that it changed,
+            with the values that they get back when the adapter is taken off.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     dequantize: Callable[[nn.Module], Tensor]
     requantize: Callable[[nn.Module, Tensor], nn.Module]
-    prepare: Callable[[nn.Module, str], None] = lambda module, name: None
+    prepare: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
 
 
 def find_backend(module: nn.Module) -> Backend | None:
@@ -59,24 +60,14 @@ class QuantOFTLinear(OFTLinear):
     def __init__(self, base_layer: nn.Module, config: OFTConfig | None = None, **kwargs: Any) -> None:
         super().__init__(base_layer, config, **kwargs)
         backend = find_backend(base_layer)
-        if backend is not None:
-            backend.prepare(base_layer, self.name)
+        self._prepared = {} if backend is None else backend.prepare(base_layer)
         self.requantization_error: float | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        leading = x.shape[:-1]
-        flat = x if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1])  # LLM.int8 takes no others
-        y = super().forward(flat, *args, **kwargs)
-        if self.rotating and torch.is_grad_enabled() and not y.requires_grad and self._needs_gradient(x):
-            raise RuntimeError(
-                f"{self.name}: the base layer ({type(self.base_layer).__name__}) returns an output without a gradient, "
-                "so nothing in front of it would train. Choose a quantization that can be trained through, such as "
-                "bitsandbytes NF4, or leave this layer out with exclude_modules"
-            )
-        return y if flat is x else y.view(*leading, y.shape[-1])
-
-    def _needs_gradient(self, x: Tensor) -> bool:
-        return x.requires_grad or self.generators[self.active].requires_grad
+        if x.dim() in (2, 3):  # LLM.int8 takes no others
+            return super().forward(x, *args, **kwargs)
+        y = super().forward(x.reshape(-1, x.shape[-1]), *args, **kwargs)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         return self._dequantized(delta, torch.float32)
@@ -106,6 +97,12 @@ class QuantOFTLinear(OFTLinear):
     def unmerge(self) -> None:
         super().unmerge()
         self.requantization_error = None
+
+    def release_base(self) -> nn.Module:
+        for name, value in self._prepared.items():
+            if hasattr(self.base_layer, name):
+                setattr(self.base_layer, name, value)
+        return super().release_base()
 
     def backend(self) -> Backend:
         """The backend of the base layer; AdapterError where its weight cannot be read."""
@@ -173,25 +170,31 @@ def _requantize_4bit(module: Any, weight: Tensor) -> nn.Module:
     return clone
 
 
-def _prepare_4bit(module: Any, name: str) -> None:
+def _prepare_4bit(module: Any) -> dict[str, Any]:
     """Keeps bitsandbytes from repacking the weight for a CPU's bf16 instructions in the first evaluation.
 
     That rounds the scales to bf16 for good, and the repacked layer lets no gradient through.
     """
-    module.support_avx512bf16_for_cpu = False
-    state = module.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-            module.weight.data, state
-        )
+    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        _unpack_4bit(module)
         warnings.warn(
-            f"{name}: an evaluation before wrapping made bitsandbytes repack this weight for the CPU, which rounded "
-            "its scales to bf16. It was unpacked so that it can be trained through; to keep the exact scales, call "
+            "an evaluation before wrapping made bitsandbytes repack 4-bit weights for the CPU, which rounded their "
+            "scales to bf16. They were unpacked so that they can be trained through; to keep the exact scales, call "
             "wrap_model before the first evaluation (a fresh adapter changes nothing)",
-            stacklevel=4,
+            stacklevel=2,
         )
+    changed = {"support_avx512bf16_for_cpu": getattr(module, "support_avx512bf16_for_cpu", False)}
+    module.support_avx512bf16_for_cpu = False
+    return changed
+
+
+def _unpack_4bit(module: Any) -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    packed = module.weight
+    packed.data, packed.quant_state = _convert_weight_packed_for_cpu_inverse(packed.data, packed.quant_state)
+    if not packed.quant_state.nested:  # bitsandbytes 0.50 leaves these scales as packed: (d/blocksize, n), in bf16
+        packed.quant_state.absmax = packed.quant_state.absmax.T.reshape(-1).float()
 
 
 def _int8_scales(module: Any) -> Tensor:

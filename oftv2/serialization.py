@@ -210,7 +210,7 @@ def _compare_plain(model: nn.Module, adapter: AdapterFile) -> tuple[list[str], l
         paths.setdefault(id(module), []).append(path)
     for name, block_size in adapter.block_sizes.items():
         module = modules.get(name)
-        layer_class = layer_class_for(module) if module is not None else None
+        layer_class = layer_class_for(module, named=True) if module is not None else None
         if module is None or layer_class is None:
             what = "has no such module" if module is None else f"has a {type(module).__name__} there"
             problems.append(f"{name}: this {type(model).__name__} {what}")

@@ -36,8 +36,12 @@ class Target:
     block_size: int | None
 
 
-def layer_class_for(module: nn.Module) -> type[OFTLayer] | None:
-    """The adapter class for a module, or None where there is none."""
+def layer_class_for(module: nn.Module, *, named: bool = False) -> type[OFTLayer] | None:
+    """The adapter class for a module, or None where there is none.
+
+    A linear layer of an unknown kind, which has ``in_features`` and ``out_features``, is taken only when the user
+    ``named`` it: it will be called as a quantized one.
+    """
     if find_backend(module) is not None:
         return QuantOFTLinear
     if isinstance(module, nn.Linear) or is_conv1d(module):
@@ -46,7 +50,7 @@ def layer_class_for(module: nn.Module) -> type[OFTLayer] | None:
         return OFTEmbedding
     if isinstance(module, nn.Conv2d):
         return OFTConv2d
-    return None
+    return QuantOFTLinear if named and hasattr(module, "in_features") and hasattr(module, "out_features") else None
 
 
 def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
@@ -75,7 +79,7 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
         if id(module) in seen or any(name == top or name.startswith(top + ".") for top in saved):
             continue
         seen.add(id(module))
-        layer_class = layer_class_for(module)
+        layer_class = layer_class_for(module, named=True)
         if layer_class is None:
             raise AdapterError(
                 f"{name} is a {type(module).__name__}, which cannot be adapted; target nn.Linear, Conv1D, "

@@ -115,7 +115,7 @@ def uninstall(model: nn.Module) -> None:
         (path, layer) for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, OFTLayer)
     ]
     for path, layer in replaced:
-        _replace(model, path, layer.base_layer)
+        _replace(model, path, layer.release_base())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     set_state(model, None)

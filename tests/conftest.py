@@ -6,6 +6,7 @@ name, and the tests are to import what is installed, whatever the working direct
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -19,6 +20,12 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes logs each cast of an int8 layer's input."""
+    caplog.set_level(logging.ERROR, logger="bitsandbytes")
 
 
 @pytest.fixture

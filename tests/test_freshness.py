@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import randomize
 from torch import nn
 
+from conftest import randomize
 from oftv2 import OFTConfig, OFTEmbedding, OFTLinear, disable_adapter, reference, wrap_model
 
 

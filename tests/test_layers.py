@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_close, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, StabilityWarning, diagnostics, reference
+from conftest import assert_close, randomize
+from oftv2 import OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, StabilityWarning, diagnostics, reference
 from oftv2.base import OFTLayer
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

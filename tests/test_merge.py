@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from conftest import assert_close, randomize
 from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import assert_close
 from oftv2 import functional as F
 from oftv2 import reference
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from conftest import randomize
 from oftv2 import AdapterError, load_adapter, merge, unwrap_model, wrap_model
 
 IDS = torch.arange(80).view(8, 10) % 128

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close, randomize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from conftest import assert_close, randomize
 from oftv2 import OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, diagnostics, unwrap_model, wrap_model
 
 IDS = torch.arange(20).view(2, 10) % 128

@@ -1,0 +1,56 @@
+"""The README's Python blocks run as they stand, in order, on a tiny model in place of the one they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def offline(tiny_llama, tmp_path, monkeypatch):
+    """Puts a tiny Llama where the README names a model of the hub, and runs in an empty folder."""
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    original = AutoModelForCausalLM.from_pretrained.__func__
+
+    def from_pretrained(cls, name, **options):
+        assert name == "HuggingFaceTB/SmolLM2-135M"
+        return original(cls, base, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(from_pretrained))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def test_python_blocks(offline, capsys):
+    assert len(BLOCKS) == 4
+    rows = torch.arange(40).view(4, 10) % 128
+    names = {
+        "batches": [rows[:2], rows[2:]],
+        "dataset": [{"input_ids": row, "labels": row} for row in rows],
+    }
+    for block in BLOCKS:
+        exec(compile(block.replace("max_steps=100", "max_steps=2"), "README.md", "exec"), names)
+    assert "trainable params: " in capsys.readouterr().out
+    assert Path("adapter/adapter_model.safetensors").is_file()
+    assert Path("runs/qoft").is_dir()
+    assert type(names["model"].model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert names["model"].model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert names["y"].shape == (8, 128, 4096)
+
+
+def test_links_and_commands_exist():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{command}:", makefile, re.M), command
