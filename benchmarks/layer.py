@@ -4,9 +4,9 @@
     python benchmarks/layer.py --shapes 1024x1024x1024 --rounds 5
     python benchmarks/layer.py --device cuda --dtype bfloat16 --shapes 8192x4096x4096
 
-Every method is checked against the float64 reference before it is timed. Rounds are interleaved (each method once a
-round), and the figures are medians of the ratios to the frozen layer within a round, so that a machine whose speed drifts
-does not favour anyone. Time includes the gradients of the input and of the adapter.
+The adapter is checked against the float64 reference before it is timed. Rounds are interleaved (each method once a
+round), and the figures are medians of the ratios to the frozen layer within a round, so that a machine whose speed
+drifts does not favour anyone. Time includes the gradients of the input and of the adapter.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class OFTConfig:
             ``(I + Q)(I − Q)⁻¹``, orthogonal for every ``Q``).
         target_modules: ``"all-linear"`` (every linear layer but the output head), a regular expression that must match
             the whole module path, or a list of names, each an exact module path or its last components.
-        exclude_modules: like ``target_modules``; what matches is left alone.
+        exclude_modules: like ``target_modules``; what matches is left alone, with all that is inside it.
         layers: only modules inside these transformer layers (the first number in the module path).
         modules_to_save: names of modules to train in full and to save with the adapter. ``None`` takes the task heads
             of a transformers model other than the language-model head (they are new, and useless untrained).
@@ -61,7 +61,7 @@ class OFTConfig:
     neumann_terms: int = 4
     parametrization: str = "cayley_neumann"
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    exclude_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] | None = ()
     layers: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     block_size_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -110,6 +110,8 @@ class OFTConfig:
         object.__setattr__(self, "block_size_pattern", dict(pattern))
 
     def _check_names(self) -> None:
+        if self.exclude_modules is None:
+            object.__setattr__(self, "exclude_modules", ())
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -137,9 +139,11 @@ class OFTConfig:
     def _freeze(self, name: str, value: Any, check: Any, allowed: str) -> None:
         if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
             self._fail(name, allowed)
-        items = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+        items = tuple(value)
         if not all(check(item) for item in items):
             self._fail(name, allowed)
+        if isinstance(value, (set, frozenset)):
+            items = tuple(sorted(items))
         object.__setattr__(self, name, items)
 
     def _fail(self, name: str, allowed: str) -> None:

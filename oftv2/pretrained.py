@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from .adapter_file import write_atomically
 from .errors import AdapterError
 from .state import get_state, plain_name
 
@@ -40,7 +41,7 @@ class WrappedPreTrainedModel:
         Raises:
             AdapterError: see :func:`oftv2.save_adapter`; and for ``push_to_hub=True``.
         """
-        from .serialization import save_adapter, write_atomically  # which imports wrap, which imports this
+        from .serialization import save_adapter  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
         if push_to_hub:

@@ -39,7 +39,7 @@ class Rotation:
         size = block_size or config.block_size or max(1, round(features / (config.num_blocks or 1)))
         unit = features // groups
         exact = bool(block_size or config.block_size) or size * (config.num_blocks or 1) == features
-        if not exact or size < 2 or unit % size:
+        if not exact or size < 2 or unit < 2 or unit % size:
             nearest = _nearest_divisors(unit, size)
             usable = [divisor for divisor in nearest if size / 4 <= divisor <= 4 * size]
             if not (config.adjust_block_size and usable):

@@ -6,57 +6,30 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .adapter_file import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    GENERATORS,
+    PREFIX,
+    TENSORS_FILE,
+    AdapterFile,
+    read_adapter,
+    write_atomically,
+)
 from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, describe_base
-from .config import ConfigError, OFTConfig
 from .errors import AdapterError
 from .rotation import Rotation
 from .state import find_state, get_state, oft_layers, plain_parameter
 from .targets import Target, layer_class_for
 from .wrap import check_model, install
 
-TENSORS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-_FORMAT_VERSION = 1
-_PREFIX = "base_model.model."
-_GENERATORS = ".oft_R.weight"
 _MAX_LISTED = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterFile:
-    """An adapter read from disk.
-
-    Attributes:
-        config: its configuration.
-        block_sizes: by layer path.
-        trained: names of the base parameters trained in full.
-        base: what :func:`oftv2.base_check.describe_base` said of its base model.
-        tensors: everything by its key in the file.
-    """
-
-    config: OFTConfig
-    block_sizes: dict[str, int]
-    trained: tuple[str, ...]
-    base: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    def generators(self, layer: str) -> Tensor:
-        return self.tensors[_PREFIX + layer + _GENERATORS]
-
-    def parameter(self, name: str) -> Tensor:
-        return self.tensors[_PREFIX + name]
-
-    def expected_keys(self) -> set[str]:
-        layers = {_PREFIX + layer + _GENERATORS for layer in self.block_sizes}
-        return layers | {_PREFIX + name for name in self.trained}
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
@@ -83,14 +56,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     layers = dict(oft_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise AdapterError("the adapter is merged: call unmerge(model) before saving it")
-    tensors = {_PREFIX + path + _GENERATORS: layer.generators[name] for path, layer in layers.items()}
+    tensors = {PREFIX + path + GENERATORS: layer.generators[name] for path, layer in layers.items()}
     trained = tuple(state.originals[name])
-    tensors |= {_PREFIX + parameter: plain_parameter(model, parameter) for parameter in trained}
+    tensors |= {PREFIX + parameter: plain_parameter(model, parameter) for parameter in trained}
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError(f"not saved: NaN or Inf in {_listed(bad)}")
     manifest = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "library": "oftv2",
         "config": state.configs[name].to_dict(),
         "block_sizes": {path: layer.rotations[name].block_size for path, layer in layers.items()},
@@ -102,6 +75,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
         metadata={"format": "pt", "oftv2": json.dumps(manifest)},
     )
     target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise AdapterError(f"{folder} is a file: give the folder that the adapter is to be saved in")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / TENSORS_FILE, data)
     write_atomically(target / CONFIG_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
@@ -152,40 +127,6 @@ def load_adapter(
         install(model, adapter.config, targets, adapter_name, trained=adapter.trained)
     _copy(model, adapter, adapter_name, trainable if trainable is not None or wrapped else False)
     return model
-
-
-def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
-    """Reads an adapter without a model.
-
-    Raises:
-        AdapterError: files that are missing, truncated, or not written by this library.
-    """
-    path = Path(folder) / TENSORS_FILE
-    if not path.is_file():
-        what = "has no " + TENSORS_FILE if Path(folder).is_dir() else "is not a folder"
-        raise AdapterError(f"{folder} {what}: give the folder that save_adapter wrote")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read, it may be truncated: {error}") from error
-    try:
-        manifest = json.loads(metadata["oftv2"])
-        if manifest["format_version"] > _FORMAT_VERSION:
-            raise AdapterError(
-                f"{path} has format version {manifest['format_version']}, and this oftv2 reads up to "
-                f"{_FORMAT_VERSION}: update oftv2"
-            )
-        return AdapterFile(
-            OFTConfig.from_dict(manifest["config"]),
-            dict(manifest["block_sizes"]),
-            tuple(manifest["trained_parameters"]),
-            manifest["base"],
-            tensors,
-        )
-    except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
-        raise AdapterError(f"{path} does not hold an oftv2 adapter's description: {error!r}") from error
 
 
 def _check_tensors(adapter: AdapterFile) -> list[str]:
@@ -258,7 +199,7 @@ def _compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str) 
 
 
 def _check_shape(adapter: AdapterFile, name: str, rotation: Rotation) -> list[str]:
-    tensor = adapter.tensors.get(_PREFIX + name + _GENERATORS)
+    tensor = adapter.tensors.get(PREFIX + name + GENERATORS)
     if tensor is None or tuple(tensor.shape) == rotation.shape:
         return []
     return [f"{name}: generators of shape {tuple(tensor.shape)} in the file, {rotation.shape} needed here"]
@@ -276,7 +217,7 @@ def _check_trained(model: nn.Module, adapter: AdapterFile) -> list[str]:
         except AttributeError:
             problems.append(f"{name}: this {type(model).__name__} has no such parameter")
             continue
-        tensor = adapter.tensors.get(_PREFIX + name)
+        tensor = adapter.tensors.get(PREFIX + name)
         if tensor is not None and tuple(tensor.shape) != here:
             problems.append(f"{name}: shape {tuple(tensor.shape)} in the file, {here} here")
     return problems
@@ -290,26 +231,6 @@ def _copy(model: nn.Module, adapter: AdapterFile, adapter_name: str, trainable: 
         parameter.copy_(value)
         if trainable is not None:
             parameter.requires_grad_(trainable)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces ``path`` in one step; leftovers of writers that were killed are swept up."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _listed(names: list[str]) -> str:

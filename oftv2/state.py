@@ -24,12 +24,14 @@ class AdapterState:
         trainable_before: names of the parameters that trained before the model was wrapped.
         originals: by adapter, the values before training of the base parameters that it trains in full
             (``modules_to_save`` and biases), under the names they have in the plain model.
+        nested_encoders: paths of the ``nn.TransformerEncoder`` whose nested tensors are off while it is wrapped.
     """
 
     configs: dict[str, OFTConfig]
     active: str = DEFAULT_ADAPTER
     trainable_before: tuple[str, ...] = ()
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    nested_encoders: tuple[str, ...] = ()
 
 
 def set_state(model: nn.Module, state: AdapterState | None) -> None:

@@ -68,8 +68,9 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
     names = [path for path in modules if path]
     saved = saved_modules(model, config)
     chosen = _chosen_names(model, config, names, modules)
-    excluded = set(_matching(names, config.exclude_modules, "exclude_modules")) if config.exclude_modules else set()
-    chosen = [name for name in chosen if name not in excluded]
+    excluded = _matching(names, config.exclude_modules, "exclude_modules") if config.exclude_modules else []
+    left_out = {id(module) for name in excluded for module in modules[name].modules()}
+    chosen = [name for name in chosen if id(modules[name]) not in left_out]
     if config.layers is not None:
         chosen = _in_layers(chosen, config.layers)
     sizes = _block_sizes(chosen, config)
@@ -90,6 +91,9 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
                 f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so an adapter here would "
                 "never train; leave it out with exclude_modules"
             )
+        if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+            kind = type(module).__name__
+            raise AdapterError(f"{name}: this {kind} does not know its size until the model is called once")
         targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, sizes.get(name)))
     if not targets:
         raise AdapterError(
@@ -123,7 +127,7 @@ def saved_modules(model: nn.Module, config: OFTConfig) -> list[str]:
     """
     if config.modules_to_save is None:
         language, heads = output_heads(model)
-        return sorted(head for head in heads if not any(name.startswith(head) for name in language))
+        return sorted(head for head in heads if not any(name.startswith(head + ".") for name in language))
     names = [name for name, _ in model.named_modules() if name]
     return _matching(names, config.modules_to_save, "modules_to_save") if config.modules_to_save else []
 

@@ -41,6 +41,10 @@ def wrap_model(
             already.
         ConfigError: a field with a value that is not allowed.
     """
+    if config is not None and not isinstance(config, OFTConfig):
+        raise AdapterError(f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}")
+    if config is not None and ("num_blocks" in fields) != ("block_size" in fields):
+        fields = {"num_blocks": None, "block_size": None, **fields}  # the one given takes the place of the other
     config = dataclasses.replace(config, **fields) if config is not None else OFTConfig(**fields)
     check_model(model, adapter_name)
     targets = find_targets(model, config)
@@ -86,11 +90,13 @@ def install(
     model: nn.Module, config: OFTConfig, targets: list[Target], adapter_name: str, *, trained: Sequence[str]
 ) -> None:
     """Replaces checked targets by adapted layers and freezes all but the base parameters named in ``trained``."""
+    encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
     state = AdapterState(
         configs={adapter_name: config},
         active=adapter_name,
         trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         originals={adapter_name: {name: model.get_parameter(name).detach().clone() for name in trained}},
+        nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
     )
     model.requires_grad_(False)
     add_hooks(model)
@@ -103,21 +109,23 @@ def install(
             _leave_fast_path(model, path, layer)
     for name in trained:
         plain_parameter(model, name).requires_grad_(True)
+    _use_nested_tensors(model, state, False)
     set_state(model, state)
     present(model)
 
 
 def uninstall(model: nn.Module) -> None:
     """Puts the base layers (merged or not) back in place of the adapted ones, and forgets the adapters."""
-    trainable = get_state(model).trainable_before
+    state = get_state(model)
     remove_hooks(model)
+    _use_nested_tensors(model, state, True)
     replaced = [
         (path, layer) for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, OFTLayer)
     ]
     for path, layer in replaced:
         _replace(model, path, layer.release_base())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
+        parameter.requires_grad_(name in state.trainable_before)
     set_state(model, None)
     unpresent(model)
 
@@ -138,9 +146,7 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
             f"this {type(model).__name__} is wrapped already (adapter {get_state(model).active!r}): call "
             "merge(model) to keep what it learned, or unwrap_model(model) to drop it, before wrapping it again"
         )
-    inside = [
-        name for name, module in model.named_modules() if isinstance(module, OFTLayer) or hasattr(module, "lora_A")
-    ]
+    inside = [name for name, module in model.named_modules() if isinstance(module, OFTLayer) or _is_peft_layer(module)]
     if inside or isinstance(model, OFTLayer):
         raise AdapterError(
             f"this {type(model).__name__} holds adapted layers already ({', '.join(inside[:3]) or 'itself'}): adapters "
@@ -148,15 +154,24 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def _is_peft_layer(module: nn.Module) -> bool:
+    return any(cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
+
 def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) -> list[str]:
     """Names of the base parameters that train in full: those of ``modules_to_save``, and biases."""
-    tops = saved_modules(model, config)
     everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # a tied one by each name
-    names = [name for name in everything if any(name.startswith(top + ".") for top in tops)]
+    names: list[str] = []
+    for top in saved_modules(model, config):
+        inside = [name for name in everything if name.startswith(top + ".")]
+        if not inside or not all(model.get_parameter(name).is_floating_point() for name in inside):
+            what = "quantized weights, which cannot be trained" if inside else "no parameters to train"
+            raise AdapterError(f"modules_to_save: {top} ({type(model.get_submodule(top)).__name__}) has {what}")
+        names += [name for name in inside if name not in names]
     if config.bias == "none":
         return names
     if config.bias == "all":
-        biases = [name for name in everything if name.split(".")[-1] == "bias"]
+        biases = [name for name in everything if "bias" in name.split(".")[-1]]
     else:
         biases = [f"{t.name}.bias" for t in targets if getattr(t.module, "bias", None) is not None]
     if not biases:
@@ -171,13 +186,16 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _leave_fast_path(model: nn.Module, path: str, layer: OFTLayer) -> None:
     """Keeps torch's fused encoder layer from reading ``linear1.weight`` past the rotation: hooks make it step aside."""
-    parts = path.split(".")
-    for end in range(len(parts)):
-        parent = model.get_submodule(".".join(parts[:end]))
-        if isinstance(parent, nn.TransformerEncoder):
-            parent.use_nested_tensor = False
-        if isinstance(parent, nn.TransformerEncoderLayer) and _no_operation not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_no_operation)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and _no_operation not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_no_operation)
+
+
+def _use_nested_tensors(model: nn.Module, state: AdapterState, use: bool) -> None:
+    """The nested tensors of torch's fused encoders, which its ordinary layers do not take."""
+    for name in state.nested_encoders:
+        encoder: Any = model.get_submodule(name)
+        encoder.use_nested_tensor = use
 
 
 def _no_operation(module: nn.Module, args: Any) -> None:

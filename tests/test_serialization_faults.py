@@ -1,0 +1,298 @@
+"""Files that are damaged or do not fit: one error that lists all that is wrong, and the model stays as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from test_targets_refused import snapshot
+from torch import nn
+
+from oftv2 import AdapterError, load_adapter, merge, save_adapter, wrap_model
+
+FILE = "adapter_model.safetensors"
+FIELDS = {"block_size": 8, "modules_to_save": ("4",)}
+KEY = "base_model.model.{}.oft_R.weight"
+
+
+def build(seed=11, sizes=(32, 24, 16), kind=nn.Sequential):
+    torch.manual_seed(seed)
+    a, b, c = sizes
+    return kind(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c), nn.Tanh(), nn.Linear(c, 4)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = wrap_model(build(), **FIELDS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return save_adapter(model, tmp_path / "adapter")
+
+
+def read(folder):
+    with safetensors.safe_open(folder / FILE, "pt") as file:
+        return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata()
+
+
+def rewrite(folder, change_tensors=lambda tensors: None, change_manifest=lambda manifest: None):
+    tensors, metadata = read(folder)
+    manifest = json.loads(metadata["oftv2"])
+    change_tensors(tensors)
+    manifest = change_manifest(manifest) or manifest
+    safetensors.torch.save_file(tensors, folder / FILE, {**metadata, "oftv2": json.dumps(manifest)})
+
+
+def plain(**fields):
+    return lambda: build(**fields)
+
+
+def wrapped(**fields):
+    return lambda: wrap_model(build(), **{**FIELDS, **fields})
+
+
+BASES = pytest.mark.parametrize("make", [plain(), wrapped()], ids=["plain", "wrapped"])
+
+
+def refused(make, folder, *messages, **options):
+    """Loading raises one AdapterError with all of ``messages`` and leaves the model exactly as it was."""
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model, folder, **options)
+    for message in messages:
+        assert message in str(caught.value)
+    assert snapshot(model) == before
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- unreadable files
+
+
+@BASES
+def test_missing_folder(make, tmp_path):
+    refused(make, tmp_path / "nowhere", str(tmp_path / "nowhere"), "is not a folder", "save_adapter")
+
+
+@BASES
+def test_missing_file(make, folder):
+    (folder / FILE).unlink()
+    refused(make, folder, str(folder), f"has no {FILE}")
+
+
+@BASES
+def test_the_file_in_place_of_its_folder(make, folder):
+    refused(make, folder / FILE, "is not a folder", "save_adapter")
+
+
+@BASES
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, "header - 1", "header", "half", "all - 1"], ids=str)
+def test_truncated_file(make, folder, kept):
+    data = (folder / FILE).read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    lengths = {"header - 1": header - 1, "header": header, "half": len(data) // 2, "all - 1": len(data) - 1}
+    (folder / FILE).write_bytes(data[: lengths.get(kept, kept)])
+    refused(make, folder, str(folder / FILE), "cannot be read")
+
+
+GARBAGE = {
+    "text": b"this is no safetensors file at all, it is text",
+    "zeros": bytes(4096),
+    "ones": b"\xff" * 4096,
+    "pickle": b"\x80\x04\x95" + bytes(200),
+    "huge-header": (1 << 60).to_bytes(8, "little") + b"{}",
+    "bad-json": (4).to_bytes(8, "little") + b"{{{{",
+}
+
+
+@BASES
+@pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage(make, folder, data):
+    (folder / FILE).write_bytes(data)
+    refused(make, folder, str(folder / FILE), "cannot be read")
+
+
+@BASES
+def test_extra_bytes_at_the_end(make, folder):
+    (folder / FILE).write_bytes((folder / FILE).read_bytes() + b"more")
+    refused(make, folder, str(folder / FILE), "cannot be read")
+
+
+def set_(key, value):
+    return lambda manifest: manifest.update({key: value})
+
+
+def without(key):
+    return lambda manifest: {name: value for name, value in manifest.items() if name != key}
+
+
+MANIFESTS = {
+    **{f"no-{key}": without(key) for key in ("format_version", "config", "block_sizes", "trained_parameters", "base")},
+    "list": lambda manifest: [manifest],
+    "text": lambda manifest: "manifest",
+    "version-text": set_("format_version", "one"),
+    "version-null": set_("format_version", None),
+    "config-null": set_("config", None),
+    "config-text": set_("config", "all-linear"),
+    "config-value": set_("config", {"block_size": 1}),
+    "config-unknown-field": set_("config", {"block_size": 8, "rank": 4}),
+    "sizes-null": set_("block_sizes", None),
+    "sizes-text": set_("block_sizes", "abc"),
+    "sizes-list": set_("block_sizes", ["0", "2"]),
+    "sizes-of-text": set_("block_sizes", {"0": "8", "2": "8"}),
+    "sizes-of-null": set_("block_sizes", {"0": None, "2": None}),
+    "sizes-of-fractions": set_("block_sizes", {"0": 8.0, "2": 8.0}),
+    "sizes-negative": set_("block_sizes", {"0": -8, "2": -8}),
+    "sizes-zero": set_("block_sizes", {"0": 0, "2": 0}),
+    "trained-null": set_("trained_parameters", None),
+    "trained-text": set_("trained_parameters", "4.weight"),
+    "trained-numbers": set_("trained_parameters", [4]),
+    "trained-nested": set_("trained_parameters", [["4.weight"], ["4.bias"]]),
+    "base-null": set_("base", None),
+    "base-list": set_("base", ["Sequential"]),
+    "base-empty-sketch": lambda manifest: manifest["base"].update(sketches={"0": {}}),
+    "base-text-sketch": lambda manifest: manifest["base"].update(sketches={"0": {"quantized": False, "values": "abc"}}),
+    "base-unknown-layer": lambda m: m["base"].update(sketches={"head": {"quantized": False, "values": [1.0]}}),
+    "base-sketches-list": lambda manifest: manifest["base"].update(sketches=[1, 2]),
+}
+
+
+@BASES
+@pytest.mark.parametrize("change", MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_corrupted_description(make, folder, change):
+    rewrite(folder, change_manifest=change)
+    refused(make, folder, str(folder))
+
+
+@BASES
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"oftv2": ""}, {"oftv2": "{"}], ids=str)
+def test_a_file_that_this_library_did_not_write(make, folder, metadata):
+    tensors, _ = read(folder)
+    safetensors.torch.save_file(tensors, folder / FILE, metadata)
+    refused(make, folder, str(folder / FILE), "does not hold an oftv2 adapter")
+
+
+@BASES
+def test_newer_format_version(make, folder):
+    rewrite(folder, change_manifest=lambda m: m.update(format_version=2, config={"from": "the future"}))
+    refused(make, folder, "format version 2", "reads up to 1", "update oftv2")
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def replace(key, value):
+    return lambda tensors: tensors.update({key: value(tensors[key])})
+
+
+def fill(key, value):
+    def change(tensors):
+        tensors[key].view(-1)[-1] = value
+
+    return change
+
+
+TENSORS = {
+    "missing-generators": (lambda t: t.pop(KEY.format(2)), ["missing tensor " + KEY.format(2)]),
+    "missing-module": (lambda t: t.pop("base_model.model.4.bias"), ["missing tensor base_model.model.4.bias"]),
+    "unexpected": (lambda t: t.update({KEY.format(9): torch.zeros(1)}), ["unexpected tensor " + KEY.format(9)]),
+    "nan": (fill(KEY.format(0), float("nan")), [KEY.format(0) + " holds NaN or Inf"]),
+    "inf": (fill("base_model.model.4.weight", float("-inf")), ["base_model.model.4.weight holds NaN or Inf"]),
+    "one-block-less": (replace(KEY.format(0), lambda x: x[1:].clone()), ["0: ", "(3, 28)", "(4, 28)"]),
+    "other-blocks": (replace(KEY.format(2), lambda x: x[:, :6].clone()), ["2: ", "(3, 6)", "(3, 28)"]),
+    "flat": (replace(KEY.format(2), lambda x: x.flatten()), ["2: ", "(84,)", "(3, 28)"]),
+    "module-shape": (replace("base_model.model.4.weight", lambda x: x.mT.contiguous()), ["(16, 4)", "(4, 16)"]),
+    "integers": (replace(KEY.format(0), lambda x: x.long()), [KEY.format(0) + " is torch.int64"]),
+}
+
+
+@BASES
+@pytest.mark.parametrize(("change", "messages"), TENSORS.values(), ids=TENSORS.keys())
+def test_tensors_that_do_not_fit(make, folder, change, messages):
+    rewrite(folder, change)
+    refused(make, folder, str(folder), "nothing was loaded", *messages)
+
+
+@BASES
+def test_several_faults_are_all_listed(make, folder):
+    def spoil(tensors):
+        for key in ("unexpected", "nan", "module-shape"):
+            TENSORS[key][0](tensors)
+        fill(KEY.format(0), float("nan"))(tensors)
+        replace(KEY.format(2), lambda x: x[1:].clone())(tensors)
+        del tensors["base_model.model.4.bias"]
+
+    rewrite(folder, spoil, lambda manifest: manifest["block_sizes"].update({"8": 8}))
+    error = refused(
+        make,
+        folder,
+        "missing tensor base_model.model.4.bias",
+        "missing tensor " + KEY.format(8),
+        "unexpected tensor " + KEY.format(9),
+        KEY.format(0) + " holds NaN or Inf",
+        "2: generators of shape (2, 28) in the file, (3, 28) needed here",
+        "4.weight: shape (16, 4) in the file, (4, 16) here",
+        "8: ",
+    )
+    assert len(error.splitlines()) == 1 + 7
+
+
+def test_a_long_list_of_faults_is_cut(folder):
+    rewrite(folder, lambda tensors: tensors.update({f"more.{i}": torch.zeros(1) for i in range(30)}))
+    lines = refused(plain(), folder).splitlines()
+    assert len(lines) == 1 + 12 + 1
+    assert lines[-1].strip() == "… and 18 more"
+
+
+# ---------------------------------------------------------------------------------------------- other models
+
+
+OTHER = {
+    "widths": (plain(sizes=(16, 40, 16)), ["0: ", "(4, 28)", "(2, 28)", "2: ", "(3, 28)", "(5, 28)"]),
+    "no-divisor": (plain(sizes=(36, 24, 16)), ["0: saved with block size 8, which does not divide 36 features here"]),
+    "fewer-layers": (lambda: build()[:1], ["2: this Sequential has no such module", "4.weight", "4.bias"]),
+    "other-kind": (lambda: nn.Sequential(nn.ReLU(), *build()[1:]), ["0: this Sequential has a ReLU there"]),
+    "wrapped-sizes": (wrapped(block_size=4), ["0: block_size is 8 in the file, 4 here", "2: block_size is 8"]),
+    "wrapped-terms": (wrapped(neumann_terms=2), ["0: terms is 4 in the file, 2 here"]),
+    "wrapped-kind": (wrapped(parametrization="cayley"), ["parametrization is 'cayley_neumann' in the file, 'cayley'"]),
+    "wrapped-fewer": (wrapped(target_modules=("0",)), ["2: in the file, not adapted in this model"]),
+    "wrapped-more": (wrapped(modules_to_save=()), ["4: adapted in this model, not in the file", "4.weight", "4.bias"]),
+    "wrapped-name": (wrapped(adapter_name="french"), ["has no adapter 'default'"]),
+    "merged": (lambda: merge(wrapped()(), unload=False), ["is merged: call unmerge first"]),
+    "layer": (lambda: nn.Linear(32, 24), ["itself a Linear"]),
+    "nested": (lambda: nn.Sequential(wrapped()()), ["adapted layers already"]),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(24, 32), *build()[1:]), ["0: the base weights differ"]),
+}
+
+
+@pytest.mark.parametrize(("make", "messages"), OTHER.values(), ids=OTHER.keys())
+def test_models_that_do_not_fit(make, messages, folder):
+    refused(make, folder, *messages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "wrapped"])
+def test_other_base_weights(wrap, dtype, folder):
+    def make():
+        model = build(seed=12).to(dtype)
+        return wrap_model(model, **FIELDS) if wrap else model
+
+    refused(make, folder, "0: the base weights differ by 1", "2: the base weights differ", "check_base=False")
+    model = load_adapter(make(), folder, check_base=False)
+    tensors, _ = read(folder)
+    assert torch.equal(model[0].generators["default"], tensors[KEY.format(0)])
+    load_adapter(wrap_model(build(), **FIELDS).to(dtype), folder)  # the right weights, also rounded
+
+
+def test_weights_that_were_finetuned_are_other_weights(folder):
+    def make():
+        model = build()
+        with torch.no_grad():
+            model[2].weight.mul_(1 + 0.2 * torch.randn_like(model[2].weight))
+        return model
+
+    error = refused(make, folder, "2: the base weights differ by ")
+    assert "0: " not in error
