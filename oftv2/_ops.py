@@ -31,7 +31,7 @@ torch.library.define("oftv2::rotate_backward", "(Tensor grad, Tensor x, Tensor d
 torch.library.define("oftv2::rotate_delta_grad", "(Tensor grad, Tensor x, Tensor delta) -> Tensor")
 
 
-def _default(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def default(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers an operator's implementation for every device, with autocast off: it would round the float32 blocks."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +73,8 @@ def _pack_skew_grad(grad: Tensor) -> Tensor:
     return flat.index_select(1, upper) - flat.index_select(1, lower)
 
 
-def _add_identity(matrix: Tensor) -> Tensor:
+def add_identity(matrix: Tensor) -> Tensor:
+    """Adds I to square matrices, in place."""
     matrix.diagonal(dim1=-2, dim2=-1).add_(1)
     return matrix
 
@@ -89,7 +90,7 @@ def _horner(Q: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
     return P, S, torch.baddbmm(S, P, Q) if terms % 2 == 0 else torch.add(P, Q, alpha=2)
 
 
-@_default("cayley_neumann")
+@default("cayley_neumann")
 def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     P, S, V = _horner(_skew(generators, block_size), terms)
     for _ in range((terms - 1) // 2):
@@ -97,7 +98,7 @@ def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     return V
 
 
-@_default("cayley_neumann_backward")
+@default("cayley_neumann_backward")
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
     Q = _skew(generators, block_size)
     P, S, V = _horner(Q, terms)  # Qᵀ = −Q, Pᵀ = P
@@ -123,22 +124,22 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
     return _pack_skew_grad(grad_Q.baddbmm_(grad_P + grad_P.mT, Q, alpha=-1))
 
 
-@_default("cayley")
+@default("cayley")
 def _cayley(generators: Tensor, block_size: int) -> Tensor:
     Q = _skew(generators, block_size)  # Δ = (I + Q)(I − Q)⁻¹ − I = 2 Q (I − Q)⁻¹
-    return torch.linalg.solve(_add_identity(-Q), 2 * Q, left=False)
+    return torch.linalg.solve(add_identity(-Q), 2 * Q, left=False)
 
 
-@_default("cayley_backward")
+@default("cayley_backward")
 def _cayley_backward(grad: Tensor, delta: Tensor) -> Tensor:
-    inverse = _add_identity(delta / 2)  # (I − Q)⁻¹ = I + Δ/2, and dΔ = 2 (I − Q)⁻¹ dQ (I − Q)⁻¹
+    inverse = add_identity(delta / 2)  # (I − Q)⁻¹ = I + Δ/2, and dΔ = 2 (I − Q)⁻¹ dQ (I − Q)⁻¹
     return _pack_skew_grad(2 * inverse.mT @ grad @ inverse.mT)
 
 
 # ---------------------------------------------------------------------------------------------- Δ on activations
 
 
-def _blocks(x: Tensor, delta: Tensor) -> Tensor:
+def as_blocks(x: Tensor, delta: Tensor) -> Tensor:
     """``(..., d)`` viewed as ``(r, T, b)``."""
     r, b, _ = delta.shape
     return x.reshape(-1, r, b).transpose(0, 1)
@@ -154,13 +155,13 @@ def _chunks(x: Tensor, d: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, x.shape[1], step))
 
 
-@_default("rotate")
+@default("rotate")
 def _rotate(x: Tensor, delta: Tensor) -> Tensor:
     check_rotation(x, delta)
     d = x.shape[-1]
-    blocks = _blocks(x, delta)
+    blocks = as_blocks(x, delta)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_blocks = _blocks(out, delta)
+    out_blocks = as_blocks(out, delta)
     if _converts(x):
         for part in _chunks(blocks, d):
             chunk = blocks[:, part].float()
@@ -170,16 +171,16 @@ def _rotate(x: Tensor, delta: Tensor) -> Tensor:
     if x.element_size() < 4:
         return torch.baddbmm(blocks, blocks, delta).transpose(0, 1).reshape(x.shape)
     # In float32 and above R = I + Δ loses nothing that rounding the result would keep, and saves a pass over x.
-    R = _add_identity(delta.clone())
+    R = add_identity(delta.clone())
     if blocks.shape[1] < _STRIDED_MIN_TOKENS:
         return torch.bmm(blocks, R).transpose(0, 1).reshape(x.shape)
     torch.bmm(blocks, R, out=out_blocks)
     return out
 
 
-@_default("rotate_delta_grad")
+@default("rotate_delta_grad")
 def _rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
-    x_blocks, grad_blocks = _blocks(x, delta), _blocks(grad, delta)
+    x_blocks, grad_blocks = as_blocks(x, delta), as_blocks(grad, delta)
     if _converts(x):
         total = torch.zeros(delta.shape, dtype=torch.float32, device=x.device)
         for part in _chunks(x_blocks, x.shape[-1]):
@@ -188,7 +189,7 @@ def _rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     return torch.bmm(x_blocks.mT, grad_blocks).to(delta.dtype)
 
 
-@_default("rotate_backward")
+@default("rotate_backward")
 def _rotate_backward(grad: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return _rotate(grad, delta.mT), _rotate_delta_grad(grad, x, delta)
 

@@ -7,7 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  (registers the operators)
+from . import _ops, _weight_form  # noqa: F401  (they register the operators)
+
+# Tokens per output feature from which rotating the weight is cheaper than rotating the activations (CPU, 2 threads,
+# float32, b = 32; benchmarks/layer.py).
+_WEIGHT_FORM_TOKENS_PER_OUTPUT = 1.0
 
 
 def effective_generators(
@@ -69,6 +73,46 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
         torch.Tensor: ``(..., d)``.
     """
     return torch.ops.oftv2.rotate(x, delta)
+
+
+def oft_linear(
+    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None = None, *, form: str | None = None
+) -> Tensor:
+    """``y = (x R) Wᵀ + bias`` of a frozen weight, in the cheaper of two forms.
+
+    Args:
+        x (torch.Tensor): ``(..., d)``.
+        delta (torch.Tensor): ``Δ = R − I`` of ``(r, b, b)``.
+        weight (torch.Tensor): ``(n, d)``.
+        bias (torch.Tensor | None): ``(n,)``.
+        form (str | None): ``"input"`` rotates ``x``, ``"weight"`` rotates ``W``; ``None``: :func:`choose_form` decides.
+
+    Returns:
+        torch.Tensor: ``(..., n)``.
+
+    Raises:
+        ValueError: another ``form``.
+    """
+    form = form or choose_form(x, weight, bias)
+    if form == "weight":
+        return torch.ops.oftv2.weight_form(x, delta, weight, bias)
+    if form != "input":
+        raise ValueError(f'form={form!r} is not allowed: use "input", "weight" or None')
+    return torch.nn.functional.linear(rotate(x, delta), weight, bias)
+
+
+def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Which form of an adapted linear layer costs less: ``"input"`` or ``"weight"``.
+
+    Both forms share the products with the weight and the reduction over tokens; what differs is a rotation of ``T × d``
+    activations against one of ``n × d`` weights, each twice.
+    """
+    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
+    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.element_size() >= 4
+    if not (frozen and plain) or torch.is_autocast_enabled("cpu"):
+        return "input"
+    tokens = x.numel() // max(1, x.shape[-1])
+    return "weight" if tokens >= _WEIGHT_FORM_TOKENS_PER_OUTPUT * weight.shape[0] else "input"
 
 
 def _check_packed(generators: Tensor, block_size: int) -> None:

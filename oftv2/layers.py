@@ -29,6 +29,9 @@ class OFTLinear(OFTLayer):
 
     Shape:
         input ``(..., d)`` of any number of dimensions, output ``(..., n)``; dtypes as the base layer takes them.
+
+    With many tokens the weight is rotated instead of the input where that is cheaper, for this call alone: see
+    :func:`oftv2.functional.choose_form`.
     """
 
     @staticmethod
@@ -38,6 +41,8 @@ class OFTLinear(OFTLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.rotating:
             return self.base_layer(x, *args, **kwargs)
+        if self._only_multiplies() and F.choose_form(x, self.weight, self.bias) == "weight":
+            return F.oft_linear(x, self.delta(), self.weight, self.bias, form="weight")
         rotated_x = F.rotate(x, self.delta())
         y = self.base_layer(rotated_x, *args, **kwargs)
         if rotated_x.requires_grad and not y.requires_grad:
@@ -47,6 +52,16 @@ class OFTLinear(OFTLayer):
                 "bitsandbytes NF4, or leave this layer out with exclude_modules"
             )
         return y
+
+    def _only_multiplies(self) -> bool:
+        """Whether calling the base layer does nothing but multiply by an ordinary weight: no hooks, no subclass."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and "forward" not in base.__dict__
+        )
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         weight = self.base_layer.weight.detach()
