@@ -42,7 +42,7 @@ class OFT:
 
     block_size: int
     targets: Targets
-    lr: float = 4e-4  # of 2e-4 … 4e-3 the one that learned most on the default task; 4e-3 learns nothing at all
+    lr: float = 4e-4  # 200 steps of --task chain_sum: 56% right, and 50% at 8e-4
     name: str = "oft"
 
     def attach(self, base: PreTrainedModel) -> nn.Module:
