@@ -9,7 +9,7 @@ from torch import nn
 
 from .base import OFTLayer
 from .errors import AdapterError
-from .rotation import generator_norm
+from .rotation import generator_norm, spectral_norm
 from .state import oft_layers
 
 
@@ -40,12 +40,13 @@ def layer_diagnostics(layer: OFTLayer) -> LayerDiagnostics:
     R = delta + identity
     if not delta.isfinite().all():
         raise AdapterError(f"{layer.name}: the rotation holds NaN or Inf")
-    singular = torch.linalg.svdvals(R)
+    error = R.mT @ R - identity  # has the eigenvalues σ² − 1
+    largest = spectral_norm(error).amax().item()
     norm = generator_norm(packed, layer.rotation.block_size)
     return LayerDiagnostics(
-        orthogonality_error=torch.linalg.matrix_norm(R.mT @ R - identity).amax().item(),
+        orthogonality_error=torch.linalg.matrix_norm(error).amax().item(),
         generator_norm=norm,
-        norm_error=(singular - 1).abs().amax().item(),
+        norm_error=largest / 2 if largest < 1e-4 else (torch.linalg.svdvals(R) - 1).abs().amax().item(),
         rotation_angle=2 * torch.rad2deg(torch.atan(torch.tensor(norm))).item(),  # e^{iθ} = (1 + iq)/(1 − iq)
     )
 

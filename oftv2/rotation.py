@@ -85,7 +85,24 @@ class Rotation:
 
 def generator_norm(packed: Tensor, block_size: int) -> float:
     """The largest spectral norm ``‖Q‖₂`` of the blocks of packed generators ``(r, b(b−1)/2)``."""
-    return torch.linalg.matrix_norm(skew(packed.float(), block_size), ord=2).amax().item()
+    return spectral_norm(skew(packed.float(), block_size)).amax().item()
+
+
+def spectral_norm(matrices: Tensor) -> Tensor:
+    """The largest singular value of each of ``(r, b, b)`` matrices, to 0.1%: ``(r,)``.
+
+    ``AᵀA`` squared ten times is all but the projector on its top eigenvectors; batched products do in milliseconds what
+    one decomposition a block does in seconds.
+    """
+    gram = matrices.mT @ matrices
+    power = _normalized(gram)
+    for _ in range(10):
+        power = _normalized(power @ power)
+    return ((power @ gram) * power).sum((1, 2)).clamp_min(0).sqrt()  # Rayleigh quotient; ‖power‖_F is 1
+
+
+def _normalized(matrices: Tensor) -> Tensor:
+    return matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
 def _nearest_divisors(number: int, size: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import assert_close, randomize
 from oftv2 import OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, diagnostics, unwrap_model, wrap_model
+from oftv2.rotation import spectral_norm
 
 IDS = torch.arange(20).view(2, 10) % 128
 
@@ -216,6 +217,21 @@ class TestDiagnostics:
         # k = 4: RᵀR = I − Q¹⁰ = (1 + 0.1¹⁰) I on the plane of the block
         assert figures.orthogonality_error == pytest.approx(math.sqrt(2) * 1e-10, rel=0.05, abs=2e-7)
         assert figures.norm_error < 2e-7
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_spectral_norm(self, dtype):
+        matrices = torch.randn(20, 32, 32, dtype=torch.float64)
+        matrices[0] = 0
+        matrices[1] *= 1e-6
+        matrices[2] = torch.diag(torch.linspace(0.9, 1, 32))  # neighbours close to the largest
+        actual = spectral_norm(matrices.to(dtype)).double()
+        torch.testing.assert_close(actual, torch.linalg.matrix_norm(matrices, ord=2), rtol=1e-3, atol=0)
+
+    def test_norm_error_of_a_rotation_that_stretches(self):
+        layer = OFTLinear(nn.Linear(4, 4), OFTConfig(block_size=2, neumann_terms=2))
+        layer.generators["default"].data.copy_(torch.tensor([[0.5], [0.0]]))
+        (figures,) = diagnostics(layer).values()
+        assert figures.norm_error == pytest.approx(math.sqrt(1 + 0.5**6) - 1, rel=1e-5)  # RᵀR = I − Q⁶
 
     def test_every_layer_of_a_model(self, tiny_llama):
         model = wrap_model(tiny_llama(), block_size=16)
