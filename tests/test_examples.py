@@ -28,6 +28,7 @@ def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def test_mistakes_are_told_without_a_traceback(
     assert status == 2
     errors = capsys.readouterr().err
     assert message in errors
-    assert "\nfinetune.py: error: " in f"\n{errors}"
+    assert "finetune.py: error: " in errors
 
 
 def test_default_model_is_converted_once(tmp_path: Path) -> None:
