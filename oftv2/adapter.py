@@ -146,7 +146,7 @@ def _merge_ready(model: nn.Module) -> dict[str, OFTLayer]:
     _require_merged(model, False, "call unmerge first")
     layers = dict(oft_layers(model))
     for layer in layers.values():
-        layer.check_finite()
+        layer.check_generators()
         if isinstance(layer, QuantOFTLinear):
             layer.backend()
     return layers

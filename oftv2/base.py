@@ -184,7 +184,7 @@ class OFTLayer(nn.Module):
     def _merge(self, build: Callable[[Tensor], nn.Module], keep_original: bool) -> None:
         if self.merged:
             raise AdapterError(f"{self.name}: already merged; call unmerge first")
-        self.check_finite()
+        self.check_generators()
         delta = self.rotation.delta(self.generators[self.active].detach())
         merged = build(delta)
         self._original = (self.base_layer,) if keep_original else ()
@@ -217,9 +217,15 @@ class OFTLayer(nn.Module):
         """The base layer, to stand on its own again."""
         return self.base_layer
 
-    def check_finite(self) -> None:
-        """Raises AdapterError where the active generators hold NaN or Inf."""
-        if not self.generators[self.active].isfinite().all():
+    def check_generators(self) -> None:
+        """Raises AdapterError where the active generators hold NaN or Inf, or are only a shard of themselves."""
+        generators = self.generators[self.active]
+        if hasattr(generators, "full_tensor"):
+            raise AdapterError(
+                f"{self.name}: the generators are sharded (FSDP); call unshard() on the sharded modules first, or load "
+                "the adapter into a model that is not sharded"
+            )
+        if not generators.isfinite().all():
             raise AdapterError(f"{self.name}: the generators hold NaN or Inf")
 
     # ------------------------------------------------------------------------------------------ module plumbing

@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
         Path: the folder.
 
     Raises:
-        AdapterError: not wrapped, merged, or an adapter with NaN or Inf, which is not written over a good one.
+        AdapterError: not wrapped, merged, sharded, or an adapter with NaN or Inf, which is not written over a good one.
     """
     state = get_state(model)
     name = adapter_name or state.active
@@ -59,6 +59,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     tensors = {PREFIX + path + GENERATORS: layer.generators[name] for path, layer in layers.items()}
     trained = tuple(state.originals[name])
     tensors |= {PREFIX + parameter: plain_parameter(model, parameter) for parameter in trained}
+    sharded = [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]
+    if sharded:
+        raise AdapterError(f"not saved: sharded (FSDP) are {_listed(sharded)}; call unshard() on those modules first")
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError(f"not saved: NaN or Inf in {_listed(bad)}")

@@ -154,26 +154,30 @@ class TestRotate:
         r=st.integers(1, 5),
         leading=st.lists(st.integers(0, 4), max_size=3),
         layout=st.sampled_from(["plain", "transposed", "sliced", "expanded"]),
+        dtype=st.sampled_from(list(ROUNDING)),
     )
-    def test_any_shape_and_layout(self, b, r, leading, layout):
+    def test_any_shape_layout_and_dtype(self, b, r, leading, layout, dtype):
         d = b * r
-        x = torch.randn(*leading, d, dtype=torch.float64)
+        x = torch.randn(*leading, d).to(dtype)
         if layout == "transposed" and x.dim() > 1:
             x = x.movedim(0, -1).contiguous().movedim(-1, 0)
         elif layout == "sliced":
-            x = torch.randn(*leading, 2 * d + 1, dtype=torch.float64)[..., 1 : 2 * d : 2]
+            x = torch.randn(*leading, 2 * d + 1).to(dtype)[..., 1 : 2 * d : 2]
         elif layout == "expanded" and x.dim() > 1:
             x = x[:1].expand(x.shape)
         x = x.detach().requires_grad_()
-        delta = (torch.randn(r, b, b, dtype=torch.float64) * 0.1).requires_grad_()
+        delta = torch.randn(r, b, b, dtype=torch.promote_types(dtype, torch.float32)) * 0.1
+        delta.requires_grad_()
+        x_ref, delta_ref = (t.detach().double().requires_grad_() for t in (x, delta))
         out = F.rotate(x, delta)
-        expected = reference.rotate(x, delta + torch.eye(b, dtype=torch.float64))
-        torch.testing.assert_close(out, expected)
-        upstream = torch.randn_like(out)
-        actual_grads = torch.autograd.grad(out, (x, delta), upstream)
-        expected_grads = torch.autograd.grad(expected, (x, delta), upstream)
-        for actual, wanted in zip(actual_grads, expected_grads, strict=True):
-            torch.testing.assert_close(actual, wanted)
+        expected = reference.rotate(x_ref, delta_ref + torch.eye(b, dtype=torch.float64))
+        assert out.shape == expected.shape
+        assert_close("x̂", out, expected, ROUNDING[dtype])
+        upstream = torch.randn(out.shape).to(dtype)
+        actual = torch.autograd.grad(out, (x, delta), upstream)
+        wanted = torch.autograd.grad(expected, (x_ref, delta_ref), upstream.double())
+        assert_close("∂x", actual[0], wanted[0], ROUNDING[dtype])
+        assert_close("∂Δ", actual[1], wanted[1], 1e-13 if dtype == torch.float64 else 2e-6)
 
     @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 4000])
     def test_token_counts_around_the_thresholds(self, tokens):

@@ -270,3 +270,10 @@ def test_conv1d_of_gpt2() -> None:
     merge(ours)
     assert type(ours[0]) is Conv1D
     assert relative(ours(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [2, 64], ids=["input-form", "weight-form"])
+def test_adapter_names_by_row_are_not_ignored_in_silence(tokens: int) -> None:
+    ours, _ = linear_pair()
+    with pytest.raises(TypeError, match="adapter_names"):
+        ours[0](torch.randn(tokens, 64), adapter_names=["default"] * tokens)
