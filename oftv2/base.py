@@ -179,7 +179,7 @@ class OFTLayer(nn.Module):
         Raises:
             AdapterError: already merged, or generators that are not finite.
         """
-        self._merge(lambda delta: self.merged_base(delta), keep_original)
+        self._merge(self.merged_base, keep_original)
 
     def _merge(self, build: Callable[[Tensor], nn.Module], keep_original: bool) -> None:
         if self.merged:
