@@ -1,0 +1,104 @@
+"""Cayley–Neumann transform of packed generators, all blocks in one launch, and its gradient.
+
+    Δ = 2(Q + … + Qᵏ) + Qᵏ⁺¹,   Q skew-symmetric from its strict upper triangle
+
+Several layers of one block size share a launch by handing over their generators as one ``(r₁ + r₂ + …, b(b−1)/2)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import (
+    exact_dot,
+    load_blocks,
+    load_skew,
+    neumann_delta,
+    neumann_start,
+    on_device,
+    store_blocks,
+    tile_positions,
+    tile_size,
+)
+
+# A program keeps about six tiles in registers: beyond this size they would spill, and batched products are as fast.
+MAX_BLOCK_SIZE = 64
+
+
+@triton.jit
+def _forward(packed, delta, num_blocks, B: tl.constexpr, TILE: tl.constexpr, TERMS: tl.constexpr):
+    first = tl.program_id(0) * (TILE // B)
+    Q = load_skew(packed, first, num_blocks, B, TILE)  # [TILE, TILE]
+    store_blocks(delta, neumann_delta(Q, TERMS), first, num_blocks, 0, B, TILE, TILE)
+
+
+@triton.jit
+def _backward(
+    grads, packed, grad_packed, num_grads, num_blocks, B: tl.constexpr, TILE: tl.constexpr, TERMS: tl.constexpr
+):
+    """∂L/∂packed; ``grads`` are ``num_grads`` partial sums of ∂L/∂Δ, which are added up in order."""
+    first = tl.program_id(0) * (TILE // B)
+    grad_V = tl.zeros((TILE, TILE), tl.float32)
+    for _ in range(num_grads):
+        grad_V += load_blocks(grads, (B * B, B, 1), first, num_blocks, 0, B, TILE, TILE)
+        grads += num_blocks * (B * B)
+    Q = load_skew(packed, first, num_blocks, B, TILE)  # Qᵀ = −Q, Pᵀ = P
+    P, S, start = neumann_start(Q, TERMS)
+    grad_S = tl.zeros((TILE, TILE), tl.float32)
+    grad_P = tl.zeros((TILE, TILE), tl.float32)
+    for step in tl.static_range((TERMS - 1) // 2):  # V_{s+1} = S + V_s P, the last one first
+        V = start
+        for _ in tl.static_range((TERMS - 1) // 2 - 1 - step):
+            V = S + exact_dot(V, P)
+        grad_S += grad_V
+        grad_P += exact_dot(tl.trans(V), grad_V)
+        grad_V = exact_dot(grad_V, P)
+    if TERMS % 2 == 0:  # start = S + P Q
+        grad_S += grad_V
+        grad_P -= exact_dot(grad_V, Q)
+        grad_Q = exact_dot(P, grad_V)
+    else:  # start = 2Q + P
+        grad_P += grad_V
+        grad_Q = 2.0 * grad_V
+    grad_Q += 2.0 * grad_S
+    grad_P += 2.0 * grad_S
+    # ∂P/∂Q adds −(∂P·Q + Q·∂P), of which only the skew part counts: that of −(∂P + ∂Pᵀ)·Q, one product.
+    grad_Q -= exact_dot(grad_P + tl.trans(grad_P), Q)
+    block, row, column, inside = tile_positions(first, num_blocks, 0, B, TILE, TILE)
+    index = block * (B * (B - 1) // 2) + row * (2 * B - row - 1) // 2 + (column - row - 1)
+    tl.store(grad_packed + index, grad_Q - tl.trans(grad_Q), mask=inside & (row < column))
+
+
+def _launch(block_size: int, num_blocks: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and the constants of both kernels."""
+    tile = tile_size(block_size)
+    warps = 4 if tile <= 32 else 8
+    return (triton.cdiv(num_blocks, tile // block_size),), {"B": block_size, "TILE": tile, "num_warps": warps}
+
+
+def cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
+    """Δ of ``(r, b, b)`` from float32 generators ``(r, b(b−1)/2)``."""
+    num_blocks = generators.shape[0]
+    delta = generators.new_empty(num_blocks, block_size, block_size)
+    if num_blocks:
+        grid, constants = _launch(block_size, num_blocks)
+        with on_device(generators):
+            _forward[grid](generators.contiguous(), delta, num_blocks, TERMS=terms, **constants)
+    return delta
+
+
+def cayley_neumann_backward(grads: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
+    """∂L/∂generators of ``(r, b(b−1)/2)`` from ∂L/∂Δ: ``(r, b, b)``, or partial sums of it, ``(splits, r, b, b)``."""
+    num_blocks = generators.shape[0]
+    grad = torch.empty_like(generators, memory_format=torch.contiguous_format)
+    if num_blocks:
+        grid, constants = _launch(block_size, num_blocks)
+        splits = grads.shape[0] if grads.dim() == 4 else 1
+        with on_device(generators):
+            _backward[grid](
+                grads.contiguous(), generators.contiguous(), grad, splits, num_blocks, TERMS=terms, **constants
+            )
+    return grad

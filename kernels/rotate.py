@@ -1,0 +1,263 @@
+"""Rotation of activations, block by block, and its gradients: one pass over memory each, for one to three rotations.
+
+    x̂_g = x + xΔ_g                    ∂x = Σ_g (ĝ_g + ĝ_gΔ_gᵀ)          ∂L/∂Δ_g = xᵀ ĝ_g, block by block
+
+A program owns a tile of columns and a share of the tokens, so Δ is loaded (or made from the generators) once a program.
+Each share leaves a partial sum of ∂Δ, and those are added up afterwards in a fixed order: no atomics, equal bits in
+every run. Blocks too wide for one program's registers are cut into parts of ``WIDTH`` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import load_blocks, load_skew, multiprocessors, neumann_delta, on_device, rows, store_blocks, tile_size
+
+MAX_GROUP = 3
+MAX_BLOCK_SIZE = 256
+
+
+@triton.jit
+def _columns(first, part, columns, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """``WIDTH`` columns of a tile of blocks: where they are in ``x``, and whether they exist."""
+    local = part + tl.arange(0, WIDTH)
+    column = first * B + local
+    return column, (local < TILE // B * B) & (column < columns)
+
+
+@triton.jit
+def _load(x, row, column, inside, T, stride, EVEN: tl.constexpr):
+    """Rows of ``x`` at some columns; zero outside. Where all columns exist, loads stay 16 bytes wide."""
+    mask = (row < T)[:, None]
+    if not EVEN:
+        mask = mask & inside[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(out, value, row, column, inside, T, stride, EVEN: tl.constexpr):
+    mask = (row < T)[:, None]
+    if not EVEN:
+        mask = mask & inside[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _delta(source, strides, first, num_blocks, part, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+           TERMS: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """Columns of Δ or Δᵀ: read where ``TERMS`` is 0, else made from packed generators. ``[TILE, WIDTH]`` float32"""
+    if TERMS == 0:
+        if TRANSPOSED:
+            strides = (strides[0], strides[2], strides[1])
+        return load_blocks(source, strides, first, num_blocks, part, B, TILE, WIDTH)
+    else:
+        delta = neumann_delta(load_skew(source, first, num_blocks, B, TILE), TERMS)
+        return tl.trans(delta) if TRANSPOSED else delta
+
+
+@triton.jit
+def _forward(
+    x, out0, out1, out2, source0, source1, source2, strides,
+    T, columns, num_blocks, x_stride, share,
+    GROUP: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    TERMS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
+    part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
+    column, inside = _columns(first, 0, columns, B, TILE, TILE)  # [TILE]
+    wanted, exists = _columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    dtype = x.dtype.element_ty
+    delta0 = _delta(source0, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, False).to(dtype)
+    if GROUP > 1:
+        delta1 = _delta(source1, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, False).to(dtype)
+    if GROUP > 2:
+        delta2 = _delta(source2, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, False).to(dtype)
+    begin = tl.program_id(1) * share
+    for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
+        row = start + tl.arange(0, BLOCK_T)
+        tile = _load(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+        if WIDTH == TILE:
+            kept = tile.to(tl.float32)
+        else:
+            kept = _load(x, row, wanted, exists, T, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
+        rotated = kept + tl.dot(tile, delta0, input_precision="tf32x3")
+        _store(out0, rotated, row, wanted, exists, T, columns, EVEN)
+        if GROUP > 1:
+            rotated = kept + tl.dot(tile, delta1, input_precision="tf32x3")
+            _store(out1, rotated, row, wanted, exists, T, columns, EVEN)
+        if GROUP > 2:
+            rotated = kept + tl.dot(tile, delta2, input_precision="tf32x3")
+            _store(out2, rotated, row, wanted, exists, T, columns, EVEN)
+
+
+@triton.jit
+def _backward_part(
+    grad, stride, x_tile, delta, row, column, inside, wanted, exists, T,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr, WITH_DELTA: tl.constexpr,
+):  # fmt: skip
+    """What one rotation adds to ∂x ``[BLOCK_T, WIDTH]`` and to its ∂Δ ``[TILE, WIDTH]`` for some tokens."""
+    part = _load(grad, row, wanted, exists, T, stride, EVEN)  # [BLOCK_T, WIDTH]
+    grad_x = part.to(tl.float32)
+    if WITH_X:
+        whole = part if WIDTH == TILE else _load(grad, row, column, inside, T, stride, EVEN)  # [BLOCK_T, TILE]
+        grad_x += tl.dot(whole, delta, input_precision="tf32x3")
+    if WITH_DELTA:
+        return grad_x, tl.dot(tl.trans(x_tile), part, input_precision="tf32x3")
+    else:
+        return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
+
+
+@triton.jit
+def _backward(
+    grad0, grad1, grad2, x, grad_x, partial0, partial1, partial2, source0, source1, source2, strides,
+    T, columns, num_blocks, grad_stride0, grad_stride1, grad_stride2, x_stride, share,
+    GROUP: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    TERMS: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr, WITH_DELTA: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
+    part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
+    column, inside = _columns(first, 0, columns, B, TILE, TILE)  # [TILE]
+    wanted, exists = _columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    dtype = grad0.dtype.element_ty
+    delta0 = tl.zeros((TILE, WIDTH), dtype)  # Δᵀ
+    delta1, delta2 = delta0, delta0
+    if WITH_X:
+        delta0 = _delta(source0, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, True).to(dtype)
+        if GROUP > 1:
+            delta1 = _delta(source1, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, True).to(dtype)
+        if GROUP > 2:
+            delta2 = _delta(source2, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, True).to(dtype)
+    sum0 = tl.zeros((TILE, WIDTH), tl.float32)
+    sum1, sum2 = sum0, sum0
+    x_tile = tl.zeros((BLOCK_T, TILE), dtype)
+    begin = tl.program_id(1) * share
+    for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
+        row = start + tl.arange(0, BLOCK_T)
+        if WITH_DELTA:
+            x_tile = _load(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+        total, added = _backward_part(
+            grad0, grad_stride0, x_tile, delta0, row, column, inside, wanted, exists, T,
+            WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
+        )  # fmt: skip
+        sum0 += added
+        if GROUP > 1:
+            grad_part, added = _backward_part(
+                grad1, grad_stride1, x_tile, delta1, row, column, inside, wanted, exists, T,
+                WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
+            )  # fmt: skip
+            total += grad_part
+            sum1 += added
+        if GROUP > 2:
+            grad_part, added = _backward_part(
+                grad2, grad_stride2, x_tile, delta2, row, column, inside, wanted, exists, T,
+                WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
+            )  # fmt: skip
+            total += grad_part
+            sum2 += added
+        if WITH_X:
+            _store(grad_x, total, row, wanted, exists, T, columns, EVEN)
+    if WITH_DELTA:
+        offset = tl.program_id(1).to(tl.int64) * num_blocks * (B * B)
+        store_blocks(partial0 + offset, sum0, first, num_blocks, part, B, TILE, WIDTH)
+        if GROUP > 1:
+            store_blocks(partial1 + offset, sum1, first, num_blocks, part, B, TILE, WIDTH)
+        if GROUP > 2:
+            store_blocks(partial2 + offset, sum2, first, num_blocks, part, B, TILE, WIDTH)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a rotation is cut into programs: ``(column tiles, shares of the tokens)``."""
+
+    grid: tuple[int, int]
+    share: int
+    constants: dict[str, int | bool]
+
+
+def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
+    """The launch for ``x`` of ``(T, d)``."""
+    tile = tile_size(block_size)
+    wide = x.element_size() == 4
+    width = min(tile, 64 if tile > 128 or (backward and tile > 64) else 128)
+    block_t = {16: 256, 32: 128, 64: 64, 128: 64, 256: 32}[tile] // (2 if wide or backward else 1)
+    block_t = min(block_t, max(16, triton.next_power_of_2(x.shape[0])))
+    warps = 4 if tile <= 64 else 8
+    tiles = triton.cdiv(num_blocks, tile // block_size) * (tile // width)
+    shares = triton.cdiv(multiprocessors(x.device) * (4 if tile <= 64 else 2), tiles)
+    share = triton.cdiv(triton.cdiv(x.shape[0], shares), block_t) * block_t
+    even = tile % block_size == 0 and num_blocks % (tile // block_size) == 0
+    constants = {"GROUP": group, "B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "TERMS": terms}
+    options = {"num_warps": warps, "num_stages": 2 if wide or tile > 64 else 3}
+    return Launch((tiles, triton.cdiv(x.shape[0], share)), share, {**constants, "EVEN": even, **options})
+
+
+def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Fills the kernels' three places up; those beyond the group are not looked at."""
+    return [*tensors, *[tensors[0]] * (MAX_GROUP - len(tensors))]
+
+
+def _sources(sources: Sequence[Tensor], terms: int) -> tuple[list[Tensor], tuple[int, int, int], int]:
+    """The sources in one layout, the strides of Δ, and the number of blocks."""
+    if terms or any(source.stride() != sources[0].stride() for source in sources):
+        sources = [source.contiguous() for source in sources]
+    strides = (0, 0, 0) if terms else sources[0].stride()
+    return list(sources), strides, sources[0].shape[0]
+
+
+def rotate(x: Tensor, sources: Sequence[Tensor], block_size: int, terms: int = 0) -> list[Tensor]:
+    """``x`` rotated in one to three ways.
+
+    Args:
+        x: ``(..., d)``, bfloat16, float16 or float32.
+        sources: Δ of ``(r, b, b)`` in any layout (transposed, expanded), or with ``terms`` packed generators.
+        block_size: ``b``, up to 256 (64 with ``terms``).
+        terms: Neumann terms ``k`` for packed generators ``(r, b(b−1)/2)``; 0 where the sources are Δ.
+
+    Returns:
+        One ``(..., d)`` for each source, contiguous.
+    """
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in sources]
+    if x.numel():
+        flat = rows(x)
+        given, strides, num_blocks = _sources(sources, terms)
+        launch = plan(flat, num_blocks, block_size, terms, group=len(given), backward=False)
+        with on_device(x):
+            _forward[launch.grid](
+                flat, *_three(outs), *_three(given), strides,
+                *flat.shape, num_blocks, flat.stride(0), launch.share, **launch.constants,
+            )  # fmt: skip
+    return outs
+
+
+def rotate_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    sources: Sequence[Tensor],
+    block_size: int,
+    terms: int = 0,
+    *,
+    with_x: bool = True,
+    with_delta: bool = True,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of :func:`rotate`: ``∂x``, and partial sums of each ∂Δ, ``(shares, r, b, b)`` float32."""
+    flats, flat = [rows(grad) for grad in grads], rows(x)
+    given, strides, num_blocks = _sources(sources, terms)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if with_x else None
+    shape = (num_blocks, block_size, block_size)
+    if not x.numel():
+        return grad_x, [torch.zeros(1, *shape, dtype=torch.float32, device=x.device) for _ in grads] * with_delta
+    launch = plan(flat, num_blocks, block_size, terms, group=len(grads), backward=True)
+    partials = [torch.empty(launch.grid[1], *shape, dtype=torch.float32, device=x.device) for _ in grads] * with_delta
+    with on_device(x):
+        _backward[launch.grid](
+            *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials or [flat]), *_three(given),
+            strides, *flat.shape, num_blocks, *(grad.stride(0) for grad in _three(flats)), flat.stride(0),
+            launch.share, WITH_X=with_x, WITH_DELTA=with_delta, **launch.constants,
+        )  # fmt: skip
+    return grad_x, partials

@@ -1,0 +1,110 @@
+"""What the kernels share: Δ of neighbouring blocks as one tile, and what a launch needs to know.
+
+A tile is a square of ``TILE`` = a power of two, at least 16 (tensor cores take no less), that holds ``TILE // B``
+neighbouring ``B × B`` blocks on its diagonal and zeros elsewhere, so that any block size is a tile-sized product.
+
+    Δ = 2(Q + … + Qᵏ) + Qᵏ⁺¹          R = I + Δ = (I + Q)(I + Q + … + Qᵏ)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Multiprocessors assumed where there is no CUDA device to ask (the interpreter, compiling ahead): an H100's or H200's.
+_DEFAULT_MULTIPROCESSORS = 132
+
+
+def tile_size(block_size: int) -> int:
+    """The smallest tile for blocks of ``block_size``."""
+    return max(16, triton.next_power_of_2(block_size))
+
+
+@functools.lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has."""
+    if device.type != "cuda":
+        return _DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's device the current one, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def rows(x: Tensor) -> Tensor:
+    """``(..., d)`` as ``(T, d)`` with contiguous rows, a view wherever that is possible."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+@triton.jit
+def tile_positions(first_block, num_blocks, first_column, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Block, row and column within the block of the elements of ``WIDTH`` columns of a tile, and whether they exist."""
+    i = tl.arange(0, TILE)[:, None]
+    j = first_column + tl.arange(0, WIDTH)[None, :]
+    block = first_block + i // B + 0 * j
+    inside = (i // B == j // B) & (i < TILE // B * B) & (block < num_blocks)
+    return block, i % B + 0 * j, j % B + 0 * i, inside
+
+
+@triton.jit
+def load_blocks(
+    blocks, strides, first_block, num_blocks, first_column, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """``WIDTH`` columns of a tile of blocks ``(r, B, B)`` with any three strides, float32: ``[TILE, WIDTH]``."""
+    block, row, column, inside = tile_positions(first_block, num_blocks, first_column, B, TILE, WIDTH)
+    offset = block * strides[0] + row * strides[1] + column * strides[2]
+    return tl.load(blocks + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_blocks(
+    blocks, tile, first_block, num_blocks, first_column, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Writes a tile ``[TILE, WIDTH]`` to contiguous ``(r, B, B)``; what lies between the blocks is dropped."""
+    block, row, column, inside = tile_positions(first_block, num_blocks, first_column, B, TILE, WIDTH)
+    tl.store(blocks + (block * (B * B) + row * B + column), tile, mask=inside)
+
+
+@triton.jit
+def load_skew(packed, first_block, num_blocks, B: tl.constexpr, TILE: tl.constexpr):
+    """``Q`` from the strict upper triangles ``(r, B(B−1)/2)``, row by row: ``[TILE, TILE]`` float32."""
+    block, row, column, inside = tile_positions(first_block, num_blocks, 0, B, TILE, TILE)
+    low, high = tl.minimum(row, column), tl.maximum(row, column)
+    index = block * (B * (B - 1) // 2) + low * (2 * B - low - 1) // 2 + (high - low - 1)
+    value = tl.load(packed + index, mask=inside & (row != column), other=0.0)
+    return tl.where(row < column, value, -value)
+
+
+@triton.jit
+def exact_dot(a, b):
+    """``a · b`` of float32 tiles to float32 precision, on the tensor cores."""
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def neumann_start(Q, TERMS: tl.constexpr):
+    """``P = Q²``, ``S = 2(Q + Q²)`` and where Horner's scheme ``V ← S + V·P`` starts, which ends at Δ."""
+    P = exact_dot(Q, Q)
+    S = 2.0 * (Q + P)
+    if TERMS % 2 == 0:
+        V = S + exact_dot(P, Q)
+    else:
+        V = 2.0 * Q + P
+    return P, S, V
+
+
+@triton.jit
+def neumann_delta(Q, TERMS: tl.constexpr):
+    """Δ of the truncated series: ``[TILE, TILE]`` float32."""
+    P, S, V = neumann_start(Q, TERMS)
+    for _ in tl.static_range((TERMS - 1) // 2):
+        V = S + exact_dot(V, P)
+    return V
