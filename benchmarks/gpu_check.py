@@ -86,12 +86,18 @@ def main() -> None:
         raise SystemExit("no CUDA device here; --device cpu runs the script on tiny shapes, to check the script")
     folder = package_folder()
     sys.path.insert(0, folder)
+    import gpu_kernels
+    import gpu_layers
     import gpu_measure
-    import gpu_suites
 
     rows = [] if args.skip_tests else [run_tests(folder)]
     settings = gpu_measure.Settings(torch.device(args.device), quick=args.quick)
-    for suite in gpu_suites.SUITES:
+    suites = [
+        *(gpu_kernels.determinism, gpu_kernels.kernels, gpu_kernels.nf4_kernels),
+        *(gpu_layers.decoder, gpu_layers.decoder_nf4, gpu_layers.decoding, gpu_layers.decoding_nf4),
+        *(gpu_layers.saved, gpu_layers.launches),
+    ]
+    for suite in suites:
         start = time.perf_counter()
         try:
             found = suite(settings)
@@ -99,8 +105,10 @@ def main() -> None:
             found = [gpu_measure.row(f"{suite.__name__}: {missing}", "", "missing")]
         rows += found
         print(f"{suite.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    about = gpu_suites.about(settings)
+    about = gpu_measure.about(settings)
     print(json.dumps(about), table(rows), sep="\n")
+    if not settings.real:
+        print("tiny shapes on a CPU: the figures mean nothing")
     if args.device == "cuda" or args.out:
         out = args.out or RESULTS / f"gpu-{str(about['device']).replace(' ', '-').lower()}"
         out.parent.mkdir(parents=True, exist_ok=True)
