@@ -1,4 +1,4 @@
-"""The GPU benchmark's own code, run on tiny shapes: what it prints, writes and refuses; its figures mean nothing here."""
+"""The GPU benchmark on tiny shapes: what it prints, writes and refuses; its figures mean nothing here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_every_suite_runs_and_is_written_down(tmp_path):
         "rotate: two runs, equal bits",
         "rotate forward, of a copy's speed",
         "rotate backward, of the bound of its bytes",
-        "bf16, 48 tokens: oft over peft-lora",
-        "NF4, 48 tokens: oft over peft-oft",
+        "bf16: oft over peft-lora",
+        "NF4: oft over peft-oft",
         "decoding 16 tokens, tiny down (128 -> 64), NF4",
         "saved for backward by q, k and v",
     ):
