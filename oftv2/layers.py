@@ -41,7 +41,9 @@ class OFTLinear(OFTLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.rotating:
             return self.base_layer(x, *args, **kwargs)
-        if not (args or kwargs) and self._only_multiplies() and F.choose_form(x, self.weight, self.bias) == "weight":
+        several = x.numel() > x.shape[-1]  # for a single token, asking which form to take costs as much as taking it
+        plain = several and not (args or kwargs) and self._only_multiplies()
+        if plain and F.choose_form(x, self.weight, self.bias) == "weight":
             return F.oft_linear(x, self.delta(), self.weight, self.bias, form="weight")
         rotated_x = F.rotate(x, self.delta())
         y = self.base_layer(rotated_x, *args, **kwargs)
