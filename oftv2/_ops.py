@@ -184,7 +184,8 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
         return rotate_few(x, delta.to(x.dtype))
     # In float32 and above R = I + Δ loses nothing that rounding the result would keep, and saves a pass over x.
     R = add_identity(delta.to(x.dtype))
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if onednn and x.dtype == torch.float32 and x.device.type == "cpu":
         return _grouped_convolution(x, R)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.bmm(as_blocks(x, delta), R, out=as_blocks(out, delta))

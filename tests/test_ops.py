@@ -200,6 +200,12 @@ class TestRotate:
             assert_close("∂x", dx, wide.grad, ROUNDING[dtype])
             assert_close("∂Δ", ddelta, R.grad, 2e-6)
 
+    def test_without_onednn(self):
+        x, delta = torch.randn(300, 60), torch.randn(5, 12, 12) * 0.1
+        with torch.backends.mkldnn.flags(enabled=False):
+            without = F.rotate(x, delta)
+        assert_close("x̂", without, F.rotate(x, delta), ROUNDING[torch.float32])
+
     def test_zero_generators_are_the_identity_bit_for_bit(self):
         for dtype, tokens in itertools.product(ROUNDING, (1, 255, 256, 1000)):
             x = torch.randn(tokens, 96).to(dtype)
