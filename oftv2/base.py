@@ -146,7 +146,8 @@ class OFTLayer(nn.Module):
     def rotate(self, x: Tensor) -> Tensor:
         """``x R`` of activations ``(..., d)`` by the active adapter, in one step where a kernel can."""
         rotation = self.rotation
-        if F.makes_rotation_on_the_way(x, rotation.block_size):
+        changes = self.training or torch.is_grad_enabled()
+        if changes and F.makes_rotation_on_the_way(x, rotation.block_size):
             packed = self.changing_generators()
             if packed is not None:
                 return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
