@@ -1,4 +1,4 @@
-"""The launches that ``kernel_resources.py`` compiles: each kernel in each way it is used by default.
+"""The launches that ``kernel_resources.py`` compiles: whatever the kernels say they support, in the ways they are used.
 
 A case calls a public launcher of ``oftv2.kernels`` on tensors of a given device, which need no memory behind them.
 """
@@ -12,10 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from oftv2.kernels import cayley, rotate
+
 FEATURES = 4096
 TOKENS = 8192
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 TERMS = 4
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -37,53 +41,72 @@ def delta(b: int, device: torch.device) -> Tensor:
     return torch.empty(FEATURES // b, b, b, device=device)
 
 
-def cayley_forward(b: int, device: torch.device) -> object:
-    from oftv2.kernels.cayley import cayley_neumann
+def activations(dtype: torch.dtype, b: int, tokens: int, device: torch.device) -> Tensor:
+    """Inputs of a layer."""
+    return torch.empty(tokens, FEATURES // b * b, dtype=dtype, device=device)
 
-    return cayley_neumann(generators(b, device), b, TERMS)
+
+# ------------------------------------------------------------------------------------------------------------- cayley
+
+
+def cayley_forward(b: int, device: torch.device) -> object:
+    return cayley.cayley_neumann(generators(b, device), b, TERMS)
 
 
 def cayley_backward(b: int, device: torch.device) -> object:
-    from oftv2.kernels.cayley import cayley_neumann_backward
-
-    return cayley_neumann_backward(delta(b, device), generators(b, device), b, TERMS)
-
-
-def rotate_forward(dtype: torch.dtype, b: int, group: int, terms: int, tokens: int, device: torch.device) -> object:
-    from oftv2.kernels.rotate import rotate
-
-    x = torch.empty(tokens, FEATURES // b * b, dtype=dtype, device=device)
-    return rotate(x, [(generators if terms else delta)(b, device)] * group, b, terms)
-
-
-def rotate_backward(dtype: torch.dtype, b: int, group: int, terms: int, tokens: int, device: torch.device) -> object:
-    from oftv2.kernels.rotate import rotate_backward
-
-    x = torch.empty(tokens, FEATURES // b * b, dtype=dtype, device=device)
-    return rotate_backward([x] * group, x, [(generators if terms else delta)(b, device)] * group, b, terms)
+    return cayley.cayley_neumann_backward(delta(b, device), generators(b, device), b, TERMS)
 
 
 def cayley_cases() -> Iterator[Case]:
-    for b in (16, 32, 64):
+    for b in filter(partial(cayley.supports, FP32), BLOCK_SIZES):
         yield Case(f"cayley forward b={b}", partial(cayley_forward, b))
         yield Case(f"cayley backward b={b}", partial(cayley_backward, b))
 
 
+# ------------------------------------------------------------------------------------------------------------- rotate
+
+
+def rotate_forward(dtype: torch.dtype, b: int, group: int, terms: int, device: torch.device) -> object:
+    sources = [generators(b, device) if terms else delta(b, device)] * group
+    return rotate.rotate(activations(dtype, b, TOKENS, device), sources, b, terms)
+
+
+def rotate_backward(dtype: torch.dtype, b: int, group: int, terms: int, device: torch.device) -> object:
+    sources = [generators(b, device) if terms else delta(b, device)] * group
+    x = activations(dtype, b, TOKENS, device)
+    return rotate.rotate_backward([x] * group, x, sources, b, terms)
+
+
+def rotate_one_token(device: torch.device) -> object:
+    return rotate.rotate(activations(BF16, 32, 1, device), [delta(32, device)], 32)
+
+
+def rotate_inverse(device: torch.device) -> object:
+    return rotate.rotate(activations(BF16, 32, TOKENS, device), [delta(32, device).mT], 32)
+
+
+def rotate_delta_grad(device: torch.device) -> object:
+    x = activations(BF16, 32, TOKENS, device)
+    return rotate.rotate_backward([x], x, [delta(32, device)], 32, with_x=False)
+
+
 def rotate_cases() -> Iterator[Case]:
-    bf16, fp16, fp32 = SHORT
-    for dtype, b, group, terms, tokens in [
-        *((bf16, b, 1, 0, TOKENS) for b in (16, 24, 32, 64, 128, 256)),
-        *((bf16, b, group, 0, TOKENS) for b, group in ((32, 2), (32, 3), (64, 3))),
-        *((bf16, b, 1, TERMS, TOKENS) for b in (32, 64)),
-        *((fp32, b, 1, 0, TOKENS) for b in (32, 64, 128)),
-        (fp16, 32, 1, 0, TOKENS),
-        (bf16, 32, 1, 0, 1),
+    for dtype, b, group, terms in [
+        *((BF16, b, group, 0) for group in (1, rotate.MAX_GROUP) for b in BLOCK_SIZES),
+        *((FP32, b, 1, 0) for b in BLOCK_SIZES),
+        *((BF16, b, 1, TERMS) for b in BLOCK_SIZES),
+        *((FP32, b, 1, TERMS) for b in BLOCK_SIZES),
+        (FP16, 32, 1, 0),
+        (BF16, 32, 2, 0),
+        (BF16, 24, 1, 0),  # neither a power of two nor a divisor of the width
     ]:
-        how = f"{SHORT[dtype]} b={b}"
-        how += f" group={group}" * (group > 1) + f" terms={terms}" * (terms > 0) + f" T={tokens}" * (tokens < TOKENS)
-        yield Case(f"rotate forward {how}", partial(rotate_forward, dtype, b, group, terms, tokens))
-        if tokens == TOKENS:
-            yield Case(f"rotate backward {how}", partial(rotate_backward, dtype, b, group, terms, tokens))
+        if rotate.supports(dtype, b, group=group, terms=terms):
+            how = f"{SHORT[dtype]} b={b}" + f" group={group}" * (group > 1) + f" terms={terms}" * (terms > 0)
+            yield Case(f"rotate forward {how}", partial(rotate_forward, dtype, b, group, terms))
+            yield Case(f"rotate backward {how}", partial(rotate_backward, dtype, b, group, terms))
+    yield Case("rotate forward bf16 b=32 one token", rotate_one_token)
+    yield Case("rotate forward bf16 b=32 transposed Δ", rotate_inverse)
+    yield Case("rotate backward bf16 b=32 without ∂x", rotate_delta_grad)
 
 
 CASES = [*cayley_cases(), *rotate_cases()]

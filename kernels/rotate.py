@@ -20,7 +20,6 @@ from torch import Tensor
 from .tiles import load_blocks, load_skew, multiprocessors, neumann_delta, on_device, rows, store_blocks, tile_size
 
 MAX_GROUP = 3
-MAX_BLOCK_SIZE = 256
 
 
 @triton.jit
@@ -171,6 +170,27 @@ def _backward(
             store_blocks(partial2 + offset, sum2, first, num_blocks, part, B, TILE, WIDTH)
 
 
+# (WIDTH, BLOCK_T, warps, stages) by tile. Chosen from the compiler's reports: no registers spilled, at most 96 KiB of
+# shared memory (benchmarks/kernel_resources.py); not timed on a device yet.
+_FORWARD_16_BIT = {
+    16: (16, 256, 4, 3),
+    32: (32, 128, 4, 3),
+    64: (64, 64, 4, 3),
+    128: (128, 64, 8, 2),
+    256: (64, 32, 8, 2),
+}
+_BACKWARD_16_BIT = {
+    16: (16, 128, 4, 3),
+    32: (32, 64, 4, 3),
+    64: (64, 32, 4, 3),
+    128: (64, 32, 8, 2),
+    256: (64, 16, 8, 2),
+}
+_FORWARD_32_BIT = {16: (16, 128, 4, 2), 32: (32, 64, 4, 2), 64: (64, 32, 4, 2)}
+_BACKWARD_32_BIT = {16: (16, 32, 4, 2), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)}
+_PROGRAMS_PER_MULTIPROCESSOR = {16: 8, 32: 4, 64: 4, 128: 2, 256: 2}
+
+
 @dataclass(frozen=True)
 class Launch:
     """How a rotation is cut into programs: ``(column tiles, shares of the tokens)``."""
@@ -180,21 +200,34 @@ class Launch:
     constants: dict[str, int | bool]
 
 
+def supports(dtype: torch.dtype, block_size: int, *, group: int = 1, terms: int = 0) -> bool:
+    """Whether the kernels take this; registers run out for wide blocks in float32, several, or made on the way."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or group > MAX_GROUP:
+        return False
+    wide = dtype == torch.float32
+    return tile_size(block_size) <= (32 if terms else 64 if wide or group > 1 else 256) and not (wide and group > 1)
+
+
 def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
     """The launch for ``x`` of ``(T, d)``."""
+    if not supports(x.dtype, block_size, group=group, terms=terms):
+        raise ValueError(f"no kernel rotates {x.dtype} in blocks of {block_size}, group={group}, terms={terms}")
     tile = tile_size(block_size)
-    wide = x.element_size() == 4
-    width = min(tile, 64 if tile > 128 or (backward and tile > 64) else 128)
-    block_t = {16: 256, 32: 128, 64: 64, 128: 64, 256: 32}[tile] // (2 if wide or backward else 1)
+    if x.element_size() == 4:
+        table = _BACKWARD_32_BIT if backward else _FORWARD_32_BIT
+    else:
+        table = _BACKWARD_16_BIT if backward else _FORWARD_16_BIT
+    width, block_t, warps, stages = table[tile]
+    if group > 1 and backward:
+        width = min(width, 32)  # several sums of ∂Δ stay in registers
     block_t = min(block_t, max(16, triton.next_power_of_2(x.shape[0])))
-    warps = 4 if tile <= 64 else 8
     tiles = triton.cdiv(num_blocks, tile // block_size) * (tile // width)
-    shares = triton.cdiv(multiprocessors(x.device) * (4 if tile <= 64 else 2), tiles)
+    shares = triton.cdiv(multiprocessors(x.device) * _PROGRAMS_PER_MULTIPROCESSOR[tile], tiles)
     share = triton.cdiv(triton.cdiv(x.shape[0], shares), block_t) * block_t
     even = tile % block_size == 0 and num_blocks % (tile // block_size) == 0
     constants = {"GROUP": group, "B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "TERMS": terms}
-    options = {"num_warps": warps, "num_stages": 2 if wide or tile > 64 else 3}
-    return Launch((tiles, triton.cdiv(x.shape[0], share)), share, {**constants, "EVEN": even, **options})
+    options = {"EVEN": even, "num_warps": warps, "num_stages": stages}
+    return Launch((tiles, triton.cdiv(x.shape[0], share)), share, {**constants, **options})
 
 
 def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -202,7 +235,7 @@ def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [*tensors, *[tensors[0]] * (MAX_GROUP - len(tensors))]
 
 
-def _sources(sources: Sequence[Tensor], terms: int) -> tuple[list[Tensor], tuple[int, int, int], int]:
+def _sources(sources: Sequence[Tensor], terms: int) -> tuple[list[Tensor], tuple[int, ...], int]:
     """The sources in one layout, the strides of Δ, and the number of blocks."""
     if terms or any(source.stride() != sources[0].stride() for source in sources):
         sources = [source.contiguous() for source in sources]
@@ -216,7 +249,7 @@ def rotate(x: Tensor, sources: Sequence[Tensor], block_size: int, terms: int = 0
     Args:
         x: ``(..., d)``, bfloat16, float16 or float32.
         sources: Δ of ``(r, b, b)`` in any layout (transposed, expanded), or with ``terms`` packed generators.
-        block_size: ``b``, up to 256 (64 with ``terms``).
+        block_size: ``b``; see :func:`supports`.
         terms: Neumann terms ``k`` for packed generators ``(r, b(b−1)/2)``; 0 where the sources are Δ.
 
     Returns:

@@ -31,18 +31,24 @@ torch.library.define("oftv2::rotate_backward", "(Tensor grad, Tensor x, Tensor d
 torch.library.define("oftv2::rotate_delta_grad", "(Tensor grad, Tensor x, Tensor delta) -> Tensor")
 
 
+# By operator, the implementation for every device, for backends that leave some cases to it.
+DEFAULTS: dict[str, Callable[..., Any]] = {}
+
+
 def default(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers an operator's implementation for every device, with autocast off: it would round the float32 blocks."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def implementation(first: Tensor, *args: Any) -> Any:
-            if torch.is_autocast_enabled(first.device.type):
-                with torch.autocast(first.device.type, enabled=False):
+        def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
+            device_type = (first if isinstance(first, Tensor) else first[0]).device.type
+            if torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
                     return function(first, *args)
             return function(first, *args)
 
         torch.library.impl(f"oftv2::{name}", "CompositeExplicitAutograd")(implementation)
+        DEFAULTS[name] = implementation
         return function
 
     return register
@@ -200,11 +206,16 @@ def check_rotation(x: Tensor, delta: Tensor) -> None:
         delta.dim() == 3 and delta.shape[1] == delta.shape[2] and x.dim() >= 1,
         lambda: f"rotate takes x of (..., d) and Δ of (r, b, b), not {tuple(x.shape)} and {tuple(delta.shape)}",
     )
+    check_features(x, delta.shape[0], delta.shape[1])
+
+
+def check_features(x: Tensor, num_blocks: int, block_size: int) -> None:
+    """Refuses an ``x`` whose last dimension is not that of ``num_blocks`` blocks."""
     torch._check(
-        x.shape[-1] == delta.shape[0] * delta.shape[1],
+        x.dim() >= 1 and x.shape[-1] == num_blocks * block_size,
         lambda: (
-            f"rotate: x has {x.shape[-1]} features, and Δ of {tuple(delta.shape)} rotates "
-            f"{delta.shape[0] * delta.shape[1]}"
+            f"rotate: x has {x.shape[-1] if x.dim() else 'no'} features, and Δ of "
+            f"{(num_blocks, block_size, block_size)} rotates {num_blocks * block_size}"
         ),
     )
 

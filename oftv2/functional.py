@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _ops, _weight_form  # noqa: F401  (they register the operators)
+from . import _fused_ops, _ops, _weight_form  # noqa: F401  (they register the operators)
+from .kernels.register import register
+
+_CUDA_KERNELS = register()
 
 # Tokens per output feature from which rotating the weight is cheaper than rotating the activations (CPU, 2 threads,
 # float32, b = 32; benchmarks/layer.py).
@@ -55,6 +59,12 @@ def cayley_neumann(generators: Tensor, block_size: int, terms: int = 4) -> Tenso
     return torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
 
 
+def cayley_neumann_many(generators: Sequence[Tensor], block_size: int, terms: int = 4) -> list[Tensor]:
+    """:func:`cayley_neumann` of several layers' generators of one block size, in one pass (on a GPU, one launch)."""
+    together = cayley_neumann(torch.cat(list(generators)), block_size, terms)
+    return list(together.split([packed.shape[0] for packed in generators]))
+
+
 def cayley(generators: Tensor, block_size: int) -> Tensor:
     """``Δ = R − I`` of the exact Cayley transform ``R = (I + Q)(I − Q)⁻¹``; arguments as :func:`cayley_neumann`."""
     _check_packed(generators, block_size)
@@ -73,6 +83,21 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
         torch.Tensor: ``(..., d)``.
     """
     return torch.ops.oftv2.rotate(x, delta)
+
+
+def rotate_group(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """One input rotated in several ways, as for projections that share it (q, k and v; gate and up).
+
+    On a GPU, ``x`` is read once for up to three rotations, and their gradients are added up before ``∂x`` is written.
+
+    Args:
+        x (torch.Tensor): ``(..., d)``; kept once for the backward pass.
+        deltas (Sequence[torch.Tensor]): ``Δ`` of each rotation, ``(r, b, b)``.
+
+    Returns:
+        list[torch.Tensor]: one ``(..., d)`` for each ``Δ``.
+    """
+    return torch.ops.oftv2.rotate_group(x, list(deltas))
 
 
 def oft_linear(

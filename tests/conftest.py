@@ -17,9 +17,37 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 
+# Without a CUDA device, Triton kernels run in its interpreter, which has to be chosen before Triton is imported.
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    import interpreter
+
+    interpreter.install()
+
 # The same examples in every run, and as long as a busy machine needs for them.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes out the kernel tests that this machine is not for: on a CUDA device, or in the interpreter."""
+    elsewhere = [item for item in items if item.get_closest_marker("interpreter" if HAS_CUDA else "gpu")]
+    items[:] = [item for item in items if item not in elsewhere]
+    config.hook.pytest_deselected(items=elsewhere)
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)],
+    ids=["interpreter", "cuda"],
+)
+def kernel_device(request: pytest.FixtureRequest):
+    """Where Triton kernels run here, registered for that device."""
+    from oftv2.kernels.register import register
+
+    library = register("CPU") if request.param == "cpu" else None
+    yield torch.device(request.param)
+    if library is not None:
+        library._destroy()
 
 
 @pytest.fixture(autouse=True)

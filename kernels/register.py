@@ -1,0 +1,157 @@
+"""Puts the Triton kernels in place of the plain-torch operators on CUDA devices.
+
+Triton itself is imported at the first call on such a device. What the kernels do not take (float64, very wide blocks in
+float32, GPUs before compute capability 8.0) goes on to the operator's default implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftv2._ops import DEFAULTS, check_features, check_rotation
+
+_OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def register(dispatch_key: str = "CUDA") -> torch.library.Library:
+    """Registers every kernel under a dispatch key; they stay for as long as the returned object lives."""
+    library = torch.library.Library("oftv2", "IMPL")
+    for name, implementation in _IMPLEMENTATIONS.items():
+        library.impl(name, implementation, dispatch_key)
+    return library
+
+
+@functools.lru_cache(maxsize=16)
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run on a device."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type != "cuda":
+        return True  # the interpreter
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _OLDEST
+
+
+def rotates(x: Tensor, block_size: int, *, group: int = 1, terms: int = 0) -> bool:
+    """Whether a kernel rotates ``x``, by Δ or (with ``terms``) from packed generators."""
+    if not usable(x.device):
+        return False
+    from . import rotate
+
+    return rotate.supports(x.dtype, block_size, group=group, terms=terms)
+
+
+def transforms(generators: Tensor, block_size: int) -> bool:
+    """Whether a kernel makes Δ from packed generators."""
+    if not usable(generators.device):
+        return False
+    from . import cayley
+
+    return cayley.supports(generators.dtype, block_size)
+
+
+def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Notes a function as the CUDA implementation of an operator, for the arguments that it takes."""
+
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def implementation(*args: Any) -> Any:
+            return function(*args) if when(*args) else DEFAULTS[name](*args)
+
+        _IMPLEMENTATIONS[name] = implementation
+        return function
+
+    return note
+
+
+@_kernel("cayley_neumann", when=lambda generators, block_size, terms: transforms(generators, block_size))
+def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
+    from . import cayley
+
+    return cayley.cayley_neumann(generators, block_size, terms)
+
+
+@_kernel("cayley_neumann_backward", when=lambda grad, generators, block_size, terms: transforms(generators, block_size))
+def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
+    from . import cayley
+
+    return cayley.cayley_neumann_backward(grad, generators, block_size, terms)
+
+
+@_kernel("rotate", when=lambda x, delta: rotates(x, delta.shape[-1]))
+def _rotate(x: Tensor, delta: Tensor) -> Tensor:
+    from . import rotate
+
+    check_rotation(x, delta)
+    return rotate.rotate(x, [delta], delta.shape[1])[0]
+
+
+@_kernel("rotate_backward", when=lambda grad, x, delta: rotates(x, delta.shape[-1]) and grad.dtype == x.dtype)
+def _rotate_backward(grad: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor | None, Tensor]:
+    from . import rotate
+
+    grad_x, (partials,) = rotate.rotate_backward([grad], x, [delta], delta.shape[1])
+    return grad_x, partials.sum(0).to(delta.dtype)
+
+
+@_kernel("rotate_delta_grad", when=lambda grad, x, delta: rotates(x, delta.shape[-1]) and grad.dtype == x.dtype)
+def _rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+    from . import rotate
+
+    _, (partials,) = rotate.rotate_backward([grad], x, [delta], delta.shape[1], with_x=False)
+    return partials.sum(0).to(delta.dtype)
+
+
+def _makes_and_rotates(x: Tensor, generators: Tensor, block_size: int, terms: int) -> bool:
+    return rotates(x, block_size, terms=terms) and transforms(generators, block_size)
+
+
+@_kernel("neumann_rotate", when=_makes_and_rotates)
+def _neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
+    from . import rotate
+
+    check_features(x, generators.shape[0], block_size)
+    return rotate.rotate(x, [generators], block_size, terms)[0]
+
+
+@_kernel("neumann_rotate_backward", when=lambda grad, x, *rest: grad.dtype == x.dtype and _makes_and_rotates(x, *rest))
+def _neumann_rotate_backward(
+    grad: Tensor, x: Tensor, generators: Tensor, block_size: int, terms: int
+) -> tuple[Tensor | None, Tensor]:
+    from . import cayley, rotate
+
+    grad_x, (partials,) = rotate.rotate_backward([grad], x, [generators], block_size, terms)
+    return grad_x, cayley.cayley_neumann_backward(partials, generators, block_size, terms)
+
+
+def _group_fits(x: Tensor, deltas: list[Tensor]) -> bool:
+    return bool(deltas) and rotates(x, deltas[0].shape[-1], group=len(deltas)) and _same_blocks(deltas)
+
+
+def _same_blocks(deltas: list[Tensor]) -> bool:
+    return all(delta.shape == deltas[0].shape and delta.dtype == deltas[0].dtype for delta in deltas)
+
+
+@_kernel("rotate_group", when=_group_fits)
+def _rotate_group(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
+    from . import rotate
+
+    check_rotation(x, deltas[0])
+    return rotate.rotate(x, deltas, deltas[0].shape[1])
+
+
+@_kernel(
+    "rotate_group_backward",
+    when=lambda grads, x, deltas: _group_fits(x, deltas) and all(grad.dtype == x.dtype for grad in grads),
+)
+def _rotate_group_backward(grads: list[Tensor], x: Tensor, deltas: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    from . import rotate
+
+    grad_x, partials = rotate.rotate_backward(grads, x, deltas, deltas[0].shape[1])
+    return grad_x, [part.sum(0).to(delta.dtype) for part, delta in zip(partials, deltas, strict=True)]

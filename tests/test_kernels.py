@@ -1,0 +1,283 @@
+"""The Triton kernels behind the operators, against the float64 reference: in the interpreter, or on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import assert_close
+from oftv2 import functional as F
+from oftv2 import reference
+
+ops = torch.ops.oftv2
+# What rounding alone costs, with room for the order of summation; Δ is rounded to 16 bit as well.
+ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+pytestmark = pytest.mark.timeout(300)
+
+
+def packed(r, b, std=0.3):
+    """Packed generators in float64, with blocks of spectral norm about 2·std."""
+    return torch.randn(r, b * (b - 1) // 2, dtype=torch.float64) * std / b**0.5
+
+
+def rounded(*shape, dtype):
+    """Random numbers that ``dtype`` holds exactly, in float64."""
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).double()
+
+
+def on(device, dtype, *tensors):
+    return [tensor.to(device, dtype) for tensor in tensors]
+
+
+@pytest.fixture
+def launches(monkeypatch, kernel_device):
+    """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
+    from oftv2.kernels import cayley, rotate
+
+    called = []
+    for module in (cayley, rotate):
+        for name in ("cayley_neumann", "cayley_neumann_backward", "rotate", "rotate_backward"):
+            if original := getattr(module, name, None):
+
+                def spy(*args, _name=name, _original=original, **options):
+                    called.append(_name)
+                    return _original(*args, **options)
+
+                monkeypatch.setattr(module, name, spy)
+    return called
+
+
+class TestCayley:
+    @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 6, 7])
+    @pytest.mark.parametrize(("r", "b"), [(3, 32), (7, 5), (5, 16), (2, 30), (1, 2)], ids=str)
+    def test_value_and_gradient(self, kernel_device, launches, r, b, terms):
+        generators = packed(r, b).requires_grad_()
+        expected = reference.cayley_neumann(reference.skew(generators, b), terms) - torch.eye(b)
+        upstream = torch.randn(r, b, b, dtype=torch.float64)
+        expected.backward(upstream)
+        (actual_in,) = on(kernel_device, torch.float32, generators.detach())
+        actual_in.requires_grad_()
+        actual = F.cayley_neumann(actual_in, b, terms)
+        actual.backward(upstream.to(actual))
+        assert launches == ["cayley_neumann", "cayley_neumann_backward"]
+        assert_close("Δ", actual.cpu(), expected.detach(), 2e-6)
+        assert_close("∂generators", actual_in.grad.cpu(), generators.grad, 4e-6)
+
+    def test_many_layers_share_a_launch(self, kernel_device, launches):
+        layers = [p.float().to(kernel_device).requires_grad_() for p in (packed(2, 8), packed(5, 8), packed(1, 8))]
+        together = F.cayley_neumann_many(layers, 8)
+        assert launches == ["cayley_neumann"]
+        sum((i + 1) * delta.sum() for i, delta in enumerate(together)).backward()
+        assert launches == ["cayley_neumann", "cayley_neumann_backward"]
+        for i, (layer, delta) in enumerate(zip(layers, together, strict=True)):
+            alone = layer.detach().requires_grad_()
+            expected = F.cayley_neumann(alone, 8)
+            assert torch.equal(delta, expected)
+            ((i + 1) * expected.sum()).backward()
+            torch.testing.assert_close(layer.grad, alone.grad)
+
+    def test_wide_blocks_and_float64_go_to_plain_torch(self, kernel_device, launches):
+        for dtype, b in ((torch.float32, 64), (torch.float64, 8)):
+            (generators,) = on(kernel_device, dtype, packed(2, b))
+            expected = reference.cayley_neumann(reference.skew(packed(2, b).to(dtype), b), 4)
+            assert F.cayley_neumann(generators, b).shape == expected.shape
+        assert launches == []
+
+
+SHAPES = [
+    ((37,), 8, 40),
+    ((1,), 32, 64),
+    ((2, 35), 32, 96),
+    ((33,), 12, 36),
+    ((3, 2, 9), 30, 60),
+    ((65,), 64, 64),
+    ((17,), 5, 35),
+    ((50,), 2, 10),
+    ((0,), 32, 64),
+    ((), 16, 32),
+]
+
+
+class TestRotate:
+    @DTYPES
+    @pytest.mark.parametrize(("leading", "b", "d"), [*SHAPES, ((40,), 128, 256), ((20,), 256, 256)], ids=str)
+    def test_value_and_gradients(self, kernel_device, launches, leading, b, d, dtype):
+        x, upstream = rounded(*leading, d, dtype=dtype), rounded(*leading, d, dtype=dtype)
+        delta = F.cayley(packed(d // b, b), b)
+        x_ref, delta_ref = x.clone().requires_grad_(), delta.clone().requires_grad_()
+        expected = reference.rotate(x_ref, delta_ref + torch.eye(b))
+        expected.backward(upstream)
+        x_in, grad_in = on(kernel_device, dtype, x, upstream)
+        (delta_in,) = on(kernel_device, torch.float32, delta)
+        x_in.requires_grad_()
+        delta_in.requires_grad_()
+        actual = F.rotate(x_in, delta_in)
+        actual.backward(grad_in)
+        kernels = ["rotate", "rotate_backward"]
+        assert launches == ([] if dtype == torch.float32 and b > 64 else kernels)
+        assert actual.dtype == dtype
+        assert actual.is_contiguous()
+        assert_close("x̂", actual.cpu(), expected.detach(), ROUNDING[dtype])
+        assert_close("∂x", x_in.grad.cpu(), x_ref.grad, ROUNDING[dtype])
+        assert_close("∂Δ", delta_in.grad.cpu(), delta_ref.grad, 4e-6)
+
+    @pytest.mark.parametrize("wanted", ["x", "delta"])
+    def test_only_the_wanted_gradient(self, kernel_device, wanted):
+        x, upstream = torch.randn(40, 64, device=kernel_device), torch.randn(40, 64, device=kernel_device)
+        delta = 0.1 * torch.randn(2, 32, 32, device=kernel_device)
+        both = [x.clone().requires_grad_(), delta.clone().requires_grad_()]
+        F.rotate(*both).backward(upstream)
+        one = [x.clone().requires_grad_(wanted == "x"), delta.clone().requires_grad_(wanted == "delta")]
+        F.rotate(*one).backward(upstream)
+        index = 0 if wanted == "x" else 1
+        torch.testing.assert_close(one[index].grad, both[index].grad)
+        assert one[1 - index].grad is None
+
+    @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "offset"])
+    def test_layouts(self, kernel_device, launches, layout):
+        x = {
+            "transposed": lambda: torch.randn(64, 40).mT,
+            "sliced": lambda: torch.randn(40, 200)[:, 3:131:2],
+            "expanded": lambda: torch.randn(1, 64).expand(40, 64),
+            "offset": lambda: torch.randn(41, 65)[1:, 1:],
+        }[layout]().to(kernel_device)
+        delta = 0.1 * torch.randn(2, 32, 32, device=kernel_device)
+        assert x.shape == (40, 64)
+        expected = reference.rotate(x.double().cpu(), delta.double().cpu() + torch.eye(32))
+        assert_close("x̂", F.rotate(x, delta).cpu(), expected, 2e-6)
+        transposed = reference.rotate(x.double().cpu(), delta.double().cpu().mT + torch.eye(32))
+        assert_close("x̂ of Δᵀ", F.rotate(x, delta.mT).cpu(), transposed, 2e-6)
+        shared = delta[:1].expand(2, -1, -1)
+        expected = reference.rotate(x.double().cpu(), shared.double().cpu() + torch.eye(32))
+        assert_close("x̂ of a shared block", F.rotate(x, shared).cpu(), expected, 2e-6)
+        assert launches == ["rotate"] * 3
+
+    @DTYPES
+    def test_zero_delta_changes_no_bit(self, kernel_device, launches, dtype):
+        x = torch.randn(70, 64, device=kernel_device).to(dtype)
+        generators = torch.zeros(2, 496, device=kernel_device)
+        assert torch.equal(F.rotate(x, torch.zeros(2, 32, 32, device=kernel_device)), x)
+        assert torch.equal(ops.neumann_rotate(x, generators, 32, 4), x)
+        assert launches == ["rotate", "rotate"]
+
+    def test_two_runs_give_equal_bits(self, kernel_device):
+        x, grad = torch.randn(2, 777, 96, device=kernel_device).bfloat16()
+        delta, generators = torch.randn(3, 32, 32, device=kernel_device), packed(3, 32).float().to(kernel_device)
+        first, second = (ops.rotate_backward(grad, x, delta) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        first, second = (ops.neumann_rotate_backward(grad, x, generators, 32, 4) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("std", [0.001, 0.005, 0.02])
+    def test_16_bit_keeps_small_rotations(self, kernel_device, std):
+        """Cast to bf16, R near the identity loses the rotation; Δ keeps it: 0.8% of its effect, before rounding x̂."""
+        delta = F.cayley(torch.randn(4, 496, dtype=torch.float64) * std, 32)
+        x = rounded(256, 128, dtype=torch.bfloat16)
+        exact = reference.rotate(x, delta)
+        actual = F.rotate(x.to(kernel_device, torch.bfloat16), delta.float().to(kernel_device)).cpu().double()
+        rounding = (torch.finfo(torch.bfloat16).eps / 2) * x.abs().mul(1.2)
+        inside = (actual - x - exact).abs() <= 8e-3 * exact.square().mean().sqrt() + rounding
+        assert inside.double().mean() > 0.999
+
+    def test_what_is_not_written_is_not_zero_by_luck(self, kernel_device, monkeypatch):
+        """Outputs are allocated full of NaN; every element has to be written."""
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
+        x, grad = torch.randn(2, 45, 84, device=kernel_device)
+        delta = 0.1 * torch.randn(7, 12, 12, device=kernel_device)
+        assert F.rotate(x, delta).isfinite().all()
+        assert all(part.isfinite().all() for part in ops.rotate_backward(grad, x, delta))
+
+
+class TestFromGenerators:
+    @DTYPES
+    @pytest.mark.parametrize(("leading", "b", "d"), [s for s in SHAPES if s[1] <= 32], ids=str)
+    def test_value_and_gradients(self, kernel_device, launches, leading, b, d, dtype):
+        x, upstream = rounded(*leading, d, dtype=dtype), rounded(*leading, d, dtype=dtype)
+        generators = packed(d // b, b).float().double()
+        x_ref, generators_ref = x.clone().requires_grad_(), generators.clone().requires_grad_()
+        expected = reference.rotate(x_ref, reference.cayley_neumann(reference.skew(generators_ref, b), 4))
+        expected.backward(upstream)
+        x_in, grad_in = on(kernel_device, dtype, x, upstream)
+        (generators_in,) = on(kernel_device, torch.float32, generators)
+        x_in.requires_grad_()
+        generators_in.requires_grad_()
+        actual = ops.neumann_rotate(x_in, generators_in, b, 4)
+        actual.backward(grad_in)
+        assert launches == ["rotate", "rotate_backward", "cayley_neumann_backward"]
+        assert_close("x̂", actual.cpu(), expected.detach(), ROUNDING[dtype])
+        assert_close("∂x", x_in.grad.cpu(), x_ref.grad, ROUNDING[dtype])
+        assert_close("∂generators", generators_in.grad.cpu(), generators_ref.grad, 4e-6)
+
+    def test_without_a_gradient_of_the_generators(self, kernel_device, launches):
+        x = torch.randn(20, 64, device=kernel_device, requires_grad=True)
+        generators = packed(2, 32).float().to(kernel_device)
+        upstream = torch.randn(20, 64, device=kernel_device)
+        ops.neumann_rotate(x, generators, 32, 4).backward(upstream)
+        expected = F.rotate(upstream, F.cayley_neumann(generators, 32).mT)
+        assert_close("∂x", x.grad, expected, 2e-6)
+
+
+class TestGroup:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("size", "b", "d"), [(2, 32, 96), (3, 32, 64), (3, 12, 36), (2, 64, 128), (4, 16, 32)])
+    def test_equals_the_rotations_one_by_one(self, kernel_device, launches, size, b, d, dtype):
+        x = torch.randn(3, 25, d, device=kernel_device).to(dtype)
+        grads = [torch.randn_like(x) for _ in range(size)]
+        deltas = [(0.1 * torch.randn(d // b, b, b, device=kernel_device)).requires_grad_() for _ in range(size)]
+        x_in = x.clone().requires_grad_()
+        together = F.rotate_group(x_in, deltas)
+        torch.autograd.backward(together, grads)
+        if dtype == torch.bfloat16 and size <= 3:
+            assert launches == ["rotate", "rotate_backward"]
+        x_ref = x.double().cpu().requires_grad_()
+        expected, wanted = [], []
+        for delta in deltas:
+            wanted.append(delta.detach().double().cpu().requires_grad_())
+            expected.append(reference.rotate(x_ref, wanted[-1] + torch.eye(b)))
+        torch.autograd.backward(expected, [grad.double().cpu() for grad in grads])
+        for i in range(size):
+            assert_close(f"x̂ {i}", together[i].cpu(), expected[i].detach(), ROUNDING[dtype])
+            assert_close(f"∂Δ {i}", deltas[i].grad.cpu(), wanted[i].grad, 4e-6)
+        assert_close("∂x", x_in.grad.cpu(), x_ref.grad, ROUNDING[dtype])
+
+    def test_an_output_that_is_not_used_adds_nothing(self, kernel_device):
+        x = torch.randn(10, 32, device=kernel_device).bfloat16().requires_grad_()
+        deltas = [(0.1 * torch.randn(1, 32, 32, device=kernel_device)).requires_grad_() for _ in range(2)]
+        first, _ = F.rotate_group(x, deltas)
+        first.sum().backward()
+        assert deltas[0].grad.abs().sum() > 0
+        assert torch.equal(deltas[1].grad, torch.zeros_like(deltas[1]))
+
+    def test_the_input_is_kept_once(self, kernel_device):
+        x = torch.randn(512, 64, device=kernel_device).bfloat16().requires_grad_()
+        deltas = [(0.1 * torch.randn(2, 32, 32, device=kernel_device)).requires_grad_() for _ in range(3)]
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            F.rotate_group(x, deltas)
+        assert sum(kept.values()) == x.nbytes + sum(delta.nbytes for delta in deltas)
+
+
+def test_opcheck(kernel_device):
+    generators = packed(3, 4).float().to(kernel_device)
+    delta, x = torch.randn(3, 4, 4, device=kernel_device), torch.randn(2, 5, 12, device=kernel_device)
+    grads = [torch.randn_like(x), torch.randn_like(x)]
+    cases = {
+        ops.cayley_neumann: (generators.clone().requires_grad_(), 4, 4),
+        ops.rotate: (x.clone().requires_grad_(), delta.clone().requires_grad_()),
+        ops.rotate_backward: (x, x, delta),
+        ops.neumann_rotate: (x.clone().requires_grad_(), generators.clone().requires_grad_(), 4, 4),
+        ops.neumann_rotate_backward: (x, x, generators, 4, 4),
+        ops.rotate_group: (x.clone().requires_grad_(), [delta.clone().requires_grad_(), delta]),
+        ops.rotate_group_backward: (grads, x, [delta, delta]),
+    }
+    for op, args in cases.items():
+        torch.library.opcheck(
+            op.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
