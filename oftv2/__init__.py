@@ -6,6 +6,7 @@ from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
 from .errors import AdapterError, RequantizationWarning, StabilityWarning
+from .explain import Explanation, explain
 from .layers import OFTEmbedding, OFTLinear
 from .quant import QuantOFTLinear
 from .serialization import load_adapter, save_adapter
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "ConfigError",
+    "Explanation",
     "LayerDiagnostics",
     "OFTConfig",
     "OFTConv2d",
@@ -27,6 +29,7 @@ __all__ = [
     "StabilityWarning",
     "diagnostics",
     "disable_adapter",
+    "explain",
     "load_adapter",
     "merge",
     "print_trainable_parameters",

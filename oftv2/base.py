@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError, StabilityWarning
 from .rotation import Rotation, generator_norm
@@ -120,19 +121,35 @@ class OFTLayer(nn.Module):
         through ``.data``, which no version counter sees. In eval mode it is kept by the generators' version.
         """
         generators = self.generators[self.active]
-        rotation = self.rotation
-        if torch.compiler.is_compiling():
-            return self._dropped(rotation.delta(generators))
-        if self.training or (torch.is_grad_enabled() and generators.requires_grad):
-            self._check_norm(generators)
-            self._cache = None
-            return self._dropped(rotation.delta(generators))
+        if self._changes(generators):
+            return self._dropped(self.rotation.delta(generators))
         version = None if generators.is_inference() else generators._version
         key = (self.active, version, generators.data_ptr(), generators.dtype, generators.device)
         if version is None or self._cache is None or self._cache[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = key, rotation.delta(generators)
+                self._cache = key, self.rotation.delta(generators)
         return self._cache[1]
+
+    def _changes(self, generators: Tensor) -> bool:
+        """Whether Δ has to be built anew; drops the cache then."""
+        if torch.compiler.is_compiling():
+            return True
+        if self.training or (torch.is_grad_enabled() and generators.requires_grad):
+            self._check_norm(generators)
+            self._cache = None
+            return True
+        return False
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """``x R`` of activations ``(..., d)`` by the active adapter, in one step where a kernel can."""
+        generators, rotation = self.generators[self.active], self.rotation
+        drops = self.training and rotation.dropout
+        if drops or rotation.parametrization == "cayley" or not F.makes_rotation_on_the_way(x, rotation.block_size):
+            return F.rotate(x, self.delta())
+        if not self._changes(generators):
+            return F.rotate(x, self.delta())
+        packed = rotation.effective(generators).expand(rotation.num_blocks, -1)
+        return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
 
     def _dropped(self, delta: Tensor) -> Tensor:
         dropout = self.rotation.dropout

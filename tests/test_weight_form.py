@@ -89,13 +89,13 @@ def test_opcheck():
 
 def test_the_form_is_chosen_by_tokens_per_output():
     weight = nn.Parameter(torch.randn(48, 32), requires_grad=False)
-    assert F.choose_form(torch.randn(47, 32), weight, None) == "input"
-    assert F.choose_form(torch.randn(6, 8, 32), weight, None) == "weight"
-    assert F.choose_form(torch.randn(48, 32).bfloat16(), weight.bfloat16(), None) == "input"
-    assert F.choose_form(torch.randn(48, 32), weight, nn.Parameter(torch.zeros(48))) == "input"  # the bias trains
+    assert F.choose_form(torch.randn(48, 32), weight, None, 8) == "input"
+    assert F.choose_form(torch.randn(7, 7, 32), weight, None, 8) == "weight"
+    assert F.choose_form(torch.randn(49, 32).bfloat16(), weight.bfloat16(), None, 8) == "input"
+    assert F.choose_form(torch.randn(49, 32), weight, nn.Parameter(torch.zeros(48)), 8) == "input"  # the bias trains
     with torch.autocast("cpu", torch.bfloat16):
-        assert F.choose_form(torch.randn(48, 32), weight, None) == "input"
-    with pytest.raises(ValueError, match='form=\'output\' is not allowed: use "input", "weight" or None'):
+        assert F.choose_form(torch.randn(49, 32), weight, None, 8) == "input"
+    with pytest.raises(ValueError, match='form=\'output\' is not allowed: use "input", "weight", "fused" or None'):
         F.oft_linear(torch.randn(4, 32), torch.zeros(4, 8, 8), weight, form="output")
 
 

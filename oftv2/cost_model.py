@@ -1,0 +1,116 @@
+"""Which form of an adapted layer costs least, from the bytes it moves, the operations it does and its launches.
+
+Everything is counted beyond the frozen layer, whose own products are the same in every form. With ``T`` tokens, ``d``
+inputs, ``n`` outputs, blocks of ``b`` and ``s`` bytes an element (forward; backward):
+
+    form      bytes                                     operations
+    input     2·T·d·s; 3·T·d·s                          2·T·d·b; 4·T·d·b          rotate x; rotate ĝ, reduce x and ĝ
+    weight    2·n·d·s; 2·n·d·s + 2·T·d·s                2·n·d·b; 2·n·d·b + 2·T·d·b   rotate W twice; reduce x and ∂x
+              a 4-bit W is dequantized in any case, so there its own 2·n·d·s, twice, are not extra
+    fused     Δ again for every tile of outputs         2·T·d·b for every tile of outputs   no gradient; one launch
+
+A step takes the longer of its time for bytes and its time for operations, and each launch adds its latency.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+INPUT, WEIGHT, FUSED = "input", "weight", "fused"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does: bytes a second, operations a second in a rotation's products, seconds a launch.
+
+    ``source`` says where the numbers come from: measured by this project, or a data sheet's times 0.9.
+    """
+
+    name: str
+    bandwidth: float
+    operations: float
+    launch: float
+    source: str
+
+
+# On a CPU a rotation's products are bound by operations, so the forms cross where their operations do, at T = n.
+CPU = Machine("CPU", 200e9, 60e9, 15e-6, "crossover measured on two cores, float32 (benchmarks/layer.py)")
+GPUS = (
+    Machine("H200", 4.3e12, 400e12, 4e-6, "copy measured on an H200; operations and latency estimated"),
+    Machine("H100", 3.0e12, 400e12, 4e-6, "data sheet"),
+    Machine("B200", 7.2e12, 800e12, 4e-6, "data sheet"),
+    Machine("A100", 1.8e12, 200e12, 4e-6, "data sheet"),
+    Machine("4090", 0.9e12, 120e12, 4e-6, "data sheet"),
+)
+OTHER_GPU = Machine("another GPU", 0.9e12, 100e12, 5e-6, "a guess")
+# Columns of W that a program of the fused kernel owns when there are few tokens.
+_FUSED_OUTPUTS = 32
+
+
+def machine(device: torch.device) -> Machine:
+    """The numbers for a device."""
+    if device.type != "cuda":
+        return CPU
+    return _gpu(torch.cuda.get_device_name(device))
+
+
+@functools.lru_cache(maxsize=16)
+def _gpu(name: str) -> Machine:
+    return next((known for known in GPUS if known.name in name), OTHER_GPU)
+
+
+class Problem(NamedTuple):
+    """One call of an adapted layer: ``T``, ``d``, ``n``, ``b``, bytes of an activation, whether a backward pass
+    follows, and whether the base layer dequantizes its weight in every pass.
+    """
+
+    tokens: int
+    inputs: int
+    outputs: int
+    block_size: int
+    itemsize: int
+    gradient: bool
+    quantized: bool = False
+
+
+@functools.lru_cache(maxsize=4096)
+def costs(problem: Problem, forms: tuple[str, ...], on: Machine) -> dict[str, float]:
+    """Seconds beyond the frozen layer of each of ``forms``."""
+    estimate = {INPUT: _input, WEIGHT: _weight, FUSED: _fused}
+    return {form: estimate[form](problem, on) for form in forms}
+
+
+def cheapest(problem: Problem, forms: tuple[str, ...], on: Machine) -> str:
+    """The form of the least cost; the first of ``forms`` where they are equal."""
+    found = costs(problem, forms, on)
+    return min(forms, key=found.__getitem__)
+
+
+def _step(on: Machine, moved: float, operations: float, launches: int) -> float:
+    return max(moved / on.bandwidth, operations / on.operations) + launches * on.launch
+
+
+def _input(p: Problem, on: Machine) -> float:
+    size, products = p.tokens * p.inputs * p.itemsize, p.tokens * p.inputs * p.block_size
+    seconds = _step(on, 2 * size, 2 * products, 1)
+    return seconds + _step(on, 3 * size, 4 * products, 2) if p.gradient else seconds
+
+
+def _weight(p: Problem, on: Machine) -> float:
+    size = 0 if p.quantized else p.outputs * p.inputs * p.itemsize
+    products, reduced = p.outputs * p.inputs * p.block_size, p.tokens * p.inputs
+    launches = 1 if p.quantized else 2
+    seconds = _step(on, 2 * size, 2 * products, launches)
+    if not p.gradient:
+        return seconds
+    moved, operations = 2 * size + 2 * reduced * p.itemsize, 2 * products + 2 * reduced * p.block_size
+    return seconds + _step(on, moved, operations, launches + 2)
+
+
+def _fused(p: Problem, on: Machine) -> float:
+    tiles = -(-p.outputs // _FUSED_OUTPUTS)
+    return _step(on, tiles * p.inputs * p.block_size * p.itemsize, 2 * tiles * p.tokens * p.inputs * p.block_size, 0)
