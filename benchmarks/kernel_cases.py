@@ -24,11 +24,11 @@ SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 @dataclass(frozen=True)
 class Case:
-    """A launch; with ``tensor_cores``, every kernel it starts has to have tensor-core instructions."""
+    """A launch, and those of its kernels that multiply no matrices: all others are to use the tensor cores."""
 
     name: str
     launch: Callable[[torch.device], object]
-    tensor_cores: bool = True
+    plain: tuple[str, ...] = ()
 
 
 def generators(b: int, device: torch.device) -> Tensor:

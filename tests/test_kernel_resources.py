@@ -62,7 +62,7 @@ CASES = [
     Case("spilling", launch(product, 128, torch.bfloat16, num_warps=1)),
     Case("large", launch(pipelined, 64, torch.bfloat16, steps=100, num_stages=24)),
     Case("plain", launch(copy, 128, torch.float32)),
-    Case("plain by design", launch(copy, 128, torch.float32), tensor_cores=False),
+    Case("plain by design", launch(copy, 128, torch.float32), plain=("copy",)),
     Case("idle", lambda device: None),
     Case("refused", refuse),
 ]
