@@ -60,6 +60,7 @@ def refuse(device):
 CASES = [
     Case("good", launch(product, 64, torch.bfloat16)),
     Case("spilling", launch(product, 128, torch.bfloat16, num_warps=1)),
+    Case("spilling in a loop", launch(pipelined, 128, torch.bfloat16, steps=100, num_stages=2, num_warps=2)),
     Case("large", launch(pipelined, 64, torch.bfloat16, steps=100, num_stages=24)),
     Case("plain", launch(copy, 128, torch.float32)),
     Case("plain by design", launch(copy, 128, torch.float32), plain=("copy",)),
@@ -95,7 +96,7 @@ def test_every_case_compiles_fits_and_does_not_spill(fresh):
         (case, target) for case in cases for target in ("sm_80", "sm_90", "sm_100")
     }
     for row in fresh:
-        assert row["spilled_bytes"] == "0", row
+        assert (int(row["spilled_bytes"]) <= 32, row["spills_in_loops"]) == (True, "0"), row
         assert 0 < int(row["registers"]) <= 255, row
         assert int(row["shared_bytes"]) <= 1024 * (163 if row["target"] == "sm_80" else 227), row
 
@@ -137,7 +138,7 @@ def test_bad_kernels_are_found(tmp_path):
     done = run_tool("--cases", cases, "--check", "--targets", 80, 90, "--out", tmp_path / "bad", TRITON_INTERPRET="1")
     assert done.returncode == 1
     found = {line.partition(", sm_")[0].strip() for line in done.stderr.splitlines() if ", sm_" in line}
-    assert found == {"spilling", "large", "plain", "idle", "refused"}, done.stderr
+    assert found == {"spilling", "spilling in a loop", "large", "plain", "idle", "refused"}, done.stderr
     for line in [
         "plain, sm_80, bad_cases.copy: no tensor-core instructions",
         "idle, sm_90: launches no kernel",
@@ -145,7 +146,8 @@ def test_bad_kernels_are_found(tmp_path):
     ]:
         assert f"  {line}\n" in done.stderr
     rows = {(row["case"], row["target"]): row for row in read(tmp_path / "bad.csv")}
-    assert int(rows["spilling", "sm_90"]["spilled_bytes"]) > 0
+    assert int(rows["spilling", "sm_90"]["spilled_bytes"]) > 100
+    assert int(rows["spilling in a loop", "sm_80"]["spills_in_loops"]) > 10
     assert int(rows["large", "sm_80"]["shared_bytes"]) > 163 * 1024
     assert rows["plain by design", "sm_80"]["tensor_cores"] == "none"
     assert run_tool("--cases", cases, "--targets", 90).returncode == 0, "without --check it only reports"
