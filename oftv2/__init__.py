@@ -7,6 +7,7 @@ from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
 from .errors import AdapterError, RequantizationWarning, StabilityWarning
 from .explain import Explanation, explain
+from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
 from .quant import QuantOFTLinear
 from .serialization import load_adapter, save_adapter
@@ -30,6 +31,7 @@ __all__ = [
     "diagnostics",
     "disable_adapter",
     "explain",
+    "group_projections",
     "load_adapter",
     "merge",
     "print_trainable_parameters",

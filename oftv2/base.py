@@ -142,14 +142,21 @@ class OFTLayer(nn.Module):
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x R`` of activations ``(..., d)`` by the active adapter, in one step where a kernel can."""
-        generators, rotation = self.generators[self.active], self.rotation
-        drops = self.training and rotation.dropout
-        if drops or rotation.parametrization == "cayley" or not F.makes_rotation_on_the_way(x, rotation.block_size):
-            return F.rotate(x, self.delta())
-        if not self._changes(generators):
-            return F.rotate(x, self.delta())
-        packed = rotation.effective(generators).expand(rotation.num_blocks, -1)
-        return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
+        rotation = self.rotation
+        if F.makes_rotation_on_the_way(x, rotation.block_size):
+            packed = self.changing_generators()
+            if packed is not None:
+                return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
+        return F.rotate(x, self.delta())
+
+    def changing_generators(self) -> Tensor | None:
+        """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this
+        pass's rotation; None where it is cached, exact, or has dropout."""
+        rotation, generators = self.rotation, self.generators[self.active]
+        plain = rotation.parametrization == "cayley_neumann" and not (self.training and rotation.dropout)
+        if not (plain and self._changes(generators)):
+            return None
+        return rotation.effective(generators).expand(rotation.num_blocks, -1)
 
     def _dropped(self, delta: Tensor) -> Tensor:
         dropout = self.rotation.dropout

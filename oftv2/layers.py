@@ -50,7 +50,10 @@ class OFTLinear(OFTLayer):
         form = INPUT if args or kwargs else self.choose_form(x)
         if form != INPUT:
             return F.oft_linear(x, self.delta(), self.weight, self.bias, form=form)
-        rotated_x = self.rotate(x)
+        return self.call_base(self.rotate(x), *args, **kwargs)
+
+    def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output; RuntimeError where it lets no gradient through."""
         y = self.base_layer(rotated_x, *args, **kwargs)
         if rotated_x.requires_grad and not y.requires_grad:
             raise RuntimeError(
