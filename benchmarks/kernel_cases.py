@@ -57,10 +57,15 @@ def cayley_backward(b: int, device: torch.device) -> object:
     return cayley.cayley_neumann_backward(delta(b, device), generators(b, device), b, TERMS)
 
 
+def cayley_inverse(b: int, device: torch.device) -> object:
+    return cayley.times_inverse_transposed(delta(b, device), delta(b, device))
+
+
 def cayley_cases() -> Iterator[Case]:
     for b in filter(partial(cayley.supports, FP32), BLOCK_SIZES):
         yield Case(f"cayley forward b={b}", partial(cayley_forward, b))
         yield Case(f"cayley backward b={b}", partial(cayley_backward, b))
+        yield Case(f"cayley inverse b={b}", partial(cayley_inverse, b))
 
 
 # ------------------------------------------------------------------------------------------------------------- rotate

@@ -153,10 +153,15 @@ def test_bad_kernels_are_found(tmp_path):
     assert run_tool("--cases", cases, "--targets", 90).returncode == 0, "without --check it only reports"
 
 
-def test_tensors_without_memory_are_specialized_as_real_ones():
-    """The same kernel comes out for ordinary tensors, whose addresses are multiples of 16."""
+def test_launchers_see_what_they_would_on_the_target():
+    """Its multiprocessors; and from tensors without memory comes the same kernel as from ordinary ones."""
     program = """
 import kernel_cases, kernel_resources
+from oftv2.kernels import rotate
+
+asked = []
+kernel_resources.compile_launches(lambda device: asked.append(rotate.multiprocessors(device)), 80)
+assert asked == [108], "launchers are to see the target's multiprocessors, not a default"
 for name in ("rotate forward bf16 b=32", "cayley backward b=16"):
     case = next(case for case in kernel_cases.CASES if case.name == name)
     meta, real = (kernel_resources.compile_launches(case.launch, 90, device) for device in ("meta", "cpu"))
