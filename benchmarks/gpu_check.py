@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,18 +37,26 @@ def package_folder() -> str:
     return str(folder)
 
 
+def test_files() -> list[str]:
+    """The kernel tests; those on 4-bit weights want bitsandbytes to compare with."""
+    names = sorted(path.name for path in (ROOT / "tests").glob("test_kernels*.py"))
+    names.append("test_quant_forms.py")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        names = [name for name in names if name not in ("test_kernels_nf4.py", "test_quant_forms.py")]
+    return [str(ROOT / "tests" / name) for name in names]
+
+
 def run_tests(folder: str) -> dict[str, object]:
     """The tests marked ``gpu``: a row of the table."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *test_files()]
     environment = {**os.environ, "PYTHONPATH": folder}
-    start = time.perf_counter()
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     lines = finished.stdout.strip().splitlines() or [finished.stderr.strip()[-200:]]
     if finished.returncode:
         print(finished.stdout[-6000:], finished.stderr[-2000:], sep="\n")
-    seconds = time.perf_counter() - start
+    without = "" if importlib.util.find_spec("bitsandbytes") else ", without those on 4-bit weights: no bitsandbytes"
     return {
-        "what": f"tests on the device ({lines[-1].strip('= ')}; {seconds:.0f} s)",
+        "what": f"tests on the device: {lines[-1].strip('= ')}{without}",
         "goal": "pass",
         "figure": "pass" if finished.returncode == 0 else "FAIL",
         "met": finished.returncode == 0,
@@ -77,12 +86,18 @@ def main() -> None:
         raise SystemExit("no CUDA device here; --device cpu runs the script on tiny shapes, to check the script")
     folder = package_folder()
     sys.path.insert(0, folder)
+    import gpu_kernels
+    import gpu_layers
     import gpu_measure
-    import gpu_suites
 
     rows = [] if args.skip_tests else [run_tests(folder)]
     settings = gpu_measure.Settings(torch.device(args.device), quick=args.quick)
-    for suite in gpu_suites.SUITES:
+    suites = [
+        *(gpu_kernels.determinism, gpu_kernels.kernels, gpu_kernels.nf4_kernels),
+        *(gpu_layers.decoder, gpu_layers.decoder_nf4, gpu_layers.decoding, gpu_layers.decoding_nf4),
+        *(gpu_layers.saved, gpu_layers.launches),
+    ]
+    for suite in suites:
         start = time.perf_counter()
         try:
             found = suite(settings)
@@ -90,8 +105,10 @@ def main() -> None:
             found = [gpu_measure.row(f"{suite.__name__}: {missing}", "", "missing")]
         rows += found
         print(f"{suite.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    about = gpu_suites.about(settings)
+    about = gpu_measure.about(settings)
     print(json.dumps(about), table(rows), sep="\n")
+    if not settings.real:
+        print("tiny shapes on a CPU: the figures mean nothing")
     if args.device == "cuda" or args.out:
         out = args.out or RESULTS / f"gpu-{str(about['device']).replace(' ', '-').lower()}"
         out.parent.mkdir(parents=True, exist_ok=True)

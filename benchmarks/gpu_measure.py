@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from torch import Tensor
 
 # hidden size, size of k and v, size of the feed-forward layer
 MODELS = {"Llama-3-8B": (4096, 1024, 14336), "Qwen2.5-7B": (3584, 512, 18944)}
-TINY = {"tiny": (64, 32, 96)}
+TINY = {"tiny": (64, 32, 128)}
 
 
 class MissingError(Exception):
@@ -98,3 +101,26 @@ def close(name: str, actual: Tensor, expected: Tensor, relative: float = 1e-2) -
     error = torch.linalg.norm(actual.double() - expected) / torch.linalg.norm(expected)
     if not error < relative:
         raise SystemExit(f"{name}: wrong result, relative error {error:.1e}; nothing was timed")
+
+
+def about(settings: Settings) -> dict[str, object]:
+    """Where and with what the figures were taken."""
+    packages = {}
+    for name in ("torch", "triton", "peft", "bitsandbytes"):
+        found = importlib.util.find_spec(name)
+        packages[name] = __import__(name).__version__ if found else "missing"
+    driver = "none"
+    if settings.real:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if settings.real else "cpu",
+        "driver": driver,
+        "python": platform.python_version(),
+        "versions": packages,
+        "commit": commit.stdout.strip() or "unknown",
+        "tokens": settings.tokens,
+        "rounds": settings.rounds,
+        "quick": settings.quick,
+    }

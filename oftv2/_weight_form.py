@@ -12,37 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, as_blocks, check_rotation, default
+from ._ops import add_identity, check_rotation, default
 
 torch.library.define("oftv2::weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define(
     "oftv2::weight_form_backward", "(Tensor grad, Tensor x, Tensor delta, Tensor weight) -> (Tensor, Tensor)"
 )
-
-
-def _rotated_transpose(R: Tensor, weight: Tensor) -> Tensor:
-    """``W′ᵀ`` of ``(d, n)``, contiguous, from ``W`` of ``(n, d)`` without a copy: ``R_j`` times rows of ``Wᵀ``."""
-    r, b, _ = R.shape
-    return torch.bmm(R, weight.t().view(r, b, weight.shape[0])).view(weight.shape[1], weight.shape[0])
+torch.library.define("oftv2::weight_form_delta_grad", "(Tensor grad_x, Tensor x, Tensor delta) -> Tensor")
 
 
 @default("weight_form")
 def _weight_form(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_rotation(x, delta)
-    flat = x.reshape(-1, x.shape[-1])
-    rotated = _rotated_transpose(add_identity(delta.to(x.dtype, copy=True)), weight)
-    y = flat @ rotated if bias is None else torch.addmm(bias, flat, rotated)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return torch.nn.functional.linear(x, torch.ops.oftv2.rotate(weight, delta.mT), bias)
 
 
 @default("weight_form_backward")
 def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    R = add_identity(delta.to(x.dtype, copy=True))
-    flat = grad.reshape(-1, grad.shape[-1])
-    grad_x = (flat @ _rotated_transpose(R, weight).t()).view(x.shape)
-    # ∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j, and (∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ
-    products = torch.bmm(as_blocks(x, delta).mT, as_blocks(grad_x, delta))
-    return grad_x, torch.bmm(products, _inverse(R).mT).to(delta.dtype)
+    grad_x = grad @ torch.ops.oftv2.rotate(weight, delta.mT)
+    return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
+
+
+@default("weight_form_delta_grad")
+def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+    """``∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j``, and ``(∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ``."""
+    products = torch.ops.oftv2.rotate_delta_grad(grad_x, x, delta)
+    R = add_identity(delta.clone())
+    inverse = _inverse(R) if R.device.type == "cpu" else torch.linalg.inv_ex(R).inverse  # does not wait for the device
+    return torch.bmm(products, inverse.mT)
 
 
 def _inverse(R: Tensor) -> Tensor:
@@ -71,6 +68,7 @@ torch.library.register_fake("oftv2::weight_form")(_fake_weight_form)
 torch.library.register_fake("oftv2::weight_form_backward")(
     lambda grad, x, delta, weight: (x.new_empty(x.shape), delta.new_empty(delta.shape))
 )
+torch.library.register_fake("oftv2::weight_form_delta_grad")(lambda grad_x, x, delta: delta.new_empty(delta.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

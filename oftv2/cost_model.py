@@ -7,7 +7,8 @@ inputs, ``n`` outputs, blocks of ``b`` and ``s`` bytes an element (forward; back
     input     2·T·d·s; 3·T·d·s                          2·T·d·b; 4·T·d·b          rotate x; rotate ĝ, reduce x and ĝ
     weight    2·n·d·s; 2·n·d·s + 2·T·d·s                2·n·d·b; 2·n·d·b + 2·T·d·b   rotate W twice; reduce x and ∂x
               a 4-bit W is dequantized in any case, so there its own 2·n·d·s, twice, are not extra
-    fused     Δ again for every tile of outputs         2·T·d·b for every tile of outputs   no gradient; one launch
+    fused     Δ again for every tile of outputs         2·T·d·b for every tile of outputs   no gradient
+              on a 4-bit W: 2·T·d·s, less the 16-bit W that the base layer would write and read for several tokens
 
 A step takes the longer of its time for bytes and its time for operations, and each launch adds its latency.
 """
@@ -47,8 +48,9 @@ GPUS = (
     Machine("4090", 0.9e12, 120e12, 4e-6, "data sheet"),
 )
 OTHER_GPU = Machine("another GPU", 0.9e12, 100e12, 5e-6, "a guess")
-# Columns of W that a program of the fused kernel owns when there are few tokens.
-_FUSED_OUTPUTS = 32
+# Outputs that a program of the fused kernel owns when there are few tokens, and tokens that one on a 4-bit W takes.
+_FUSED_OUTPUTS = 128
+_FUSED_TOKENS_4_BIT = 16
 
 
 def machine(device: torch.device) -> Machine:
@@ -112,5 +114,11 @@ def _weight(p: Problem, on: Machine) -> float:
 
 
 def _fused(p: Problem, on: Machine) -> float:
-    tiles = -(-p.outputs // _FUSED_OUTPUTS)
-    return _step(on, tiles * p.inputs * p.block_size * p.itemsize, 2 * tiles * p.tokens * p.inputs * p.block_size, 0)
+    if not p.quantized:
+        tiles = -(-p.outputs // _FUSED_OUTPUTS)
+        moved = tiles * p.inputs * p.block_size * p.itemsize
+        return _step(on, moved, 2 * tiles * p.tokens * p.inputs * p.block_size, 1)  # the launch adds partial sums up
+    weight = p.outputs * p.inputs
+    spared = 2 * weight * p.itemsize if p.tokens > 1 else 0  # for one token the base layer has such a kernel itself
+    repeated = (-(-p.tokens // _FUSED_TOKENS_4_BIT) - 1) * 2 * weight  # it is bound by unpacking, not by reading
+    return _input(p, on) + (repeated - spared) / on.bandwidth

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _fused_ops, _ops, _weight_form  # noqa: F401  (they register the operators)
+from . import _fused_ops, _ops, _quant_ops, _weight_form  # noqa: F401  (they register the operators)
 from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
 from .kernels.register import register, rotates, usable
 
@@ -113,9 +113,16 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
     return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a device runs the Triton kernels."""
+    return device.type == "cuda" and usable(device)
+
+
 def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:
     """Whether :func:`neumann_rotate` beats its two steps: where a kernel makes the rotation while it rotates."""
-    return x.device.type == "cuda" and rotates(x, block_size, terms=1)
+    if torch.compiler.is_compiling():  # the operator itself asks what the device can do, when the graph runs
+        return x.device.type == "cuda"
+    return runs_kernels(x.device) and rotates(x, block_size, terms=1)
 
 
 def oft_linear(
@@ -161,7 +168,7 @@ def forms(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *, gradient: 
         return (INPUT,)
     if trains or dtype != weight.dtype or torch.is_autocast_enabled(device.type):
         return (INPUT,)
-    if device.type == "cuda" and usable(device) and not gradient:
+    if runs_kernels(device) and not gradient:
         return (INPUT, WEIGHT, FUSED)
     return (INPUT, WEIGHT)
 

@@ -49,8 +49,12 @@ class OFTLinear(OFTLayer):
             return self.base_layer(x, *args, **kwargs)
         form = INPUT if args or kwargs else self.choose_form(x)
         if form != INPUT:
-            return F.oft_linear(x, self.delta(), self.weight, self.bias, form=form)
+            return self.call_in_form(form, x)
         return self.call_base(self.rotate(x), *args, **kwargs)
+
+    def call_in_form(self, form: str, x: Tensor) -> Tensor:
+        """The layer's output in one of the forms that do not call the base layer."""
+        return F.oft_linear(x, self.delta(), self.weight, self.bias, form=form)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; RuntimeError where it lets no gradient through."""
@@ -93,13 +97,13 @@ class OFTLinear(OFTLayer):
 
     def _only_multiplies(self) -> bool:
         """Whether calling the base layer does nothing but multiply by an ordinary weight: no hooks, no subclass."""
+        return type(self.base_layer) is nn.Linear and type(self.base_layer.weight) is nn.Parameter and self.unhooked()
+
+    def unhooked(self) -> bool:
+        """Whether calling the base layer runs its class's forward alone."""
         base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and "forward" not in base.__dict__
-        )
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        return not any(hooks) and "forward" not in base.__dict__
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         weight = self.base_layer.weight.detach()
