@@ -1,0 +1,117 @@
+"""The launches that ``kernel_resources.py`` compiles: whatever the kernels say they support, in the ways they are used.
+
+A case calls a public launcher of ``oftv2.kernels`` on tensors of a given device, which need no memory behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from oftv2.kernels import cayley, rotate
+
+FEATURES = 4096
+TOKENS = 8192
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
+TERMS = 4
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch, and those of its kernels that multiply no matrices: all others are to use the tensor cores."""
+
+    name: str
+    launch: Callable[[torch.device], object]
+    plain: tuple[str, ...] = ()
+
+
+def generators(b: int, device: torch.device) -> Tensor:
+    """Packed generators of a layer."""
+    return torch.empty(FEATURES // b, b * (b - 1) // 2, device=device)
+
+
+def delta(b: int, device: torch.device) -> Tensor:
+    """Δ of a layer, as the Cayley transform leaves it."""
+    return torch.empty(FEATURES // b, b, b, device=device)
+
+
+def activations(dtype: torch.dtype, b: int, tokens: int, device: torch.device) -> Tensor:
+    """Inputs of a layer."""
+    return torch.empty(tokens, FEATURES // b * b, dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------- cayley
+
+
+def cayley_forward(b: int, device: torch.device) -> object:
+    return cayley.cayley_neumann(generators(b, device), b, TERMS)
+
+
+def cayley_backward(b: int, device: torch.device) -> object:
+    return cayley.cayley_neumann_backward(delta(b, device), generators(b, device), b, TERMS)
+
+
+def cayley_inverse(b: int, device: torch.device) -> object:
+    return cayley.times_inverse_transposed(delta(b, device), delta(b, device))
+
+
+def cayley_cases() -> Iterator[Case]:
+    for b in filter(partial(cayley.supports, FP32), BLOCK_SIZES):
+        yield Case(f"cayley forward b={b}", partial(cayley_forward, b))
+        yield Case(f"cayley backward b={b}", partial(cayley_backward, b))
+        yield Case(f"cayley inverse b={b}", partial(cayley_inverse, b))
+
+
+# ------------------------------------------------------------------------------------------------------------- rotate
+
+
+def rotate_forward(dtype: torch.dtype, b: int, group: int, terms: int, device: torch.device) -> object:
+    sources = [generators(b, device) if terms else delta(b, device)] * group
+    return rotate.rotate(activations(dtype, b, TOKENS, device), sources, b, terms)
+
+
+def rotate_backward(dtype: torch.dtype, b: int, group: int, terms: int, device: torch.device) -> object:
+    sources = [generators(b, device) if terms else delta(b, device)] * group
+    x = activations(dtype, b, TOKENS, device)
+    return rotate.rotate_backward([x] * group, x, sources, b, terms)
+
+
+def rotate_one_token(device: torch.device) -> object:
+    return rotate.rotate(activations(BF16, 32, 1, device), [delta(32, device)], 32)
+
+
+def rotate_inverse(device: torch.device) -> object:
+    return rotate.rotate(activations(BF16, 32, TOKENS, device), [delta(32, device).mT], 32)
+
+
+def rotate_delta_grad(device: torch.device) -> object:
+    x = activations(BF16, 32, TOKENS, device)
+    return rotate.rotate_backward([x], x, [delta(32, device)], 32, with_x=False)
+
+
+def rotate_cases() -> Iterator[Case]:
+    for dtype, b, group, terms in [
+        *((BF16, b, group, 0) for group in (1, rotate.MAX_GROUP) for b in BLOCK_SIZES),
+        *((FP32, b, 1, 0) for b in BLOCK_SIZES),
+        *((BF16, b, 1, TERMS) for b in BLOCK_SIZES),
+        *((FP32, b, 1, TERMS) for b in BLOCK_SIZES),
+        (FP16, 32, 1, 0),
+        (BF16, 32, 2, 0),
+        (BF16, 24, 1, 0),  # neither a power of two nor a divisor of the width
+    ]:
+        if rotate.supports(dtype, b, group=group, terms=terms):
+            how = f"{SHORT[dtype]} b={b}" + f" group={group}" * (group > 1) + f" terms={terms}" * (terms > 0)
+            yield Case(f"rotate forward {how}", partial(rotate_forward, dtype, b, group, terms))
+            yield Case(f"rotate backward {how}", partial(rotate_backward, dtype, b, group, terms))
+    yield Case("rotate forward bf16 b=32 one token", rotate_one_token)
+    yield Case("rotate forward bf16 b=32 transposed Δ", rotate_inverse)
+    yield Case("rotate backward bf16 b=32 without ∂x", rotate_delta_grad)
+
+
+CASES = [*cayley_cases(), *rotate_cases()]
