@@ -104,10 +104,9 @@ def rotate_matmul(tokens: int, d: int, n: int, b: int, tile: int = 256) -> Cost:
     return matmul(tokens, d, n) + rotation
 
 
-def nf4_rotate_matmul(tokens: int, d: int, n: int, b: int, tile: int = 256) -> Cost:
-    """The same from a 4-bit W."""
-    rotation = Cost(delta_bytes(d, b), 2 * tokens * d * b * math.ceil(n / tile))
-    return nf4_matmul(tokens, d, n) + rotation
+def nf4_rotate_matmul(tokens: int, d: int, n: int, b: int) -> Cost:
+    """The same from a 4-bit W, for few tokens, each rotated once: the bytes of the product and Δ, 2Tdb FLOPs more."""
+    return nf4_matmul(tokens, d, n) + Cost(delta_bytes(d, b), 2 * tokens * d * b)
 
 
 # -------------------------------------------------------------------------------------------------- the weight form

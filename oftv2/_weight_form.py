@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, check_rotation, default
+from ._ops import add_identity, check_rotation, default, identity
 
 torch.library.define("oftv2::weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define(
@@ -21,15 +21,29 @@ torch.library.define(
 torch.library.define("oftv2::weight_form_delta_grad", "(Tensor grad_x, Tensor x, Tensor delta) -> Tensor")
 
 
+# Up to so many elements of W, a batched product is quicker to start than a convolution, of which the step is made twice
+# (2 threads, float32, b = 32, whole training steps: 0.4 ms less at (n, d) = (576, 1536), 0.1 at (1024, 1024); the
+# rotation alone 6.1 against 2.8 ms at (2048, 2048)).
+_SMALL_WEIGHT = 1 << 20
+
+
+def _rotated(weight: Tensor, delta: Tensor) -> Tensor:
+    """``W′``; of a small W as the transpose of R times Wᵀ, which takes W as it lies and returns rows of Wᵀ."""
+    if weight.device.type != "cpu" or weight.numel() > _SMALL_WEIGHT:
+        return torch.ops.oftv2.rotate(weight, delta.mT)
+    R = add_identity(delta.to(weight.dtype))
+    return torch.bmm(R, weight.t().unflatten(0, delta.shape[:2])).flatten(0, 1).t()
+
+
 @default("weight_form")
 def _weight_form(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_rotation(x, delta)
-    return torch.nn.functional.linear(x, torch.ops.oftv2.rotate(weight, delta.mT), bias)
+    return torch.nn.functional.linear(x, _rotated(weight, delta), bias)
 
 
 @default("weight_form_backward")
 def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x = grad @ torch.ops.oftv2.rotate(weight, delta.mT)
+    grad_x = grad @ _rotated(weight, delta)
     return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
 
 
@@ -37,7 +51,7 @@ def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, weight: Tensor
 def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """``∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j``, and ``(∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ``."""
     products = torch.ops.oftv2.rotate_delta_grad(grad_x, x, delta)
-    R = add_identity(delta.clone())
+    R = add_identity(delta)
     inverse = _inverse(R) if R.device.type == "cpu" else torch.linalg.inv_ex(R).inverse  # does not wait for the device
     return torch.bmm(products, inverse.mT)
 
@@ -50,8 +64,8 @@ def _inverse(R: Tensor) -> Tensor:
     """
     inverse, precision = R.mT, torch.finfo(R.dtype).eps
     while True:
-        residual = add_identity(torch.bmm(R, inverse).neg_())
-        error = R.shape[-1] * residual.abs().amax().item()  # bounds ‖I − R·inverse‖
+        residual = torch.baddbmm(identity(R.shape[-1], R.dtype, R.device), R, inverse, alpha=-1)
+        error = R.shape[-1] * torch.linalg.vector_norm(residual, torch.inf).item()  # bounds ‖I − R·inverse‖
         if not error < 0.1:
             return torch.linalg.inv_ex(R).inverse  # NaN in, NaN out
         inverse = torch.baddbmm(inverse, inverse, residual)

@@ -79,6 +79,15 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
     Returns:
         torch.Tensor: ``(..., d)``.
     """
+    if (
+        not torch.is_grad_enabled()
+        and x.dtype == delta.dtype
+        and x.is_cpu
+        and x.shape[:-1].numel() < _ops.FEW_TOKENS
+        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    ):
+        _ops.check_rotation(x, delta)
+        return _ops.rotate_few(x, delta)  # as the operator would, but the dispatcher takes longer than one token
     return torch.ops.oftv2.rotate(x, delta)
 
 
