@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from oftv2.kernels import cayley, rotate
+from oftv2.kernels import cayley, nf4, nf4_matmul, rotate, rotate_matmul
 
 FEATURES = 4096
 TOKENS = 8192
@@ -114,4 +115,84 @@ def rotate_cases() -> Iterator[Case]:
     yield Case("rotate backward bf16 b=32 without ∂x", rotate_delta_grad)
 
 
-CASES = [*cayley_cases(), *rotate_cases()]
+# ------------------------------------------------------------------------------------------------------ rotate_matmul
+
+
+def matmul(dtype: torch.dtype, b: int, tokens: int, bias: bool, device: torch.device) -> object:
+    weight = torch.empty(FEATURES, FEATURES // b * b, dtype=dtype, device=device)
+    biases = torch.empty(FEATURES, dtype=dtype, device=device) if bias else None
+    return rotate_matmul.rotate_matmul(activations(dtype, b, tokens, device), delta(b, device), weight, biases)
+
+
+def matmul_cases() -> Iterator[Case]:
+    for dtype, b, tokens, bias in [
+        *((BF16, b, tokens, False) for b in (32, 64, 128, 256) for tokens in (1, TOKENS)),
+        *((FP32, b, tokens, False) for b in (32, 128) for tokens in (1, TOKENS)),
+        (BF16, 32, 64, False),
+        (FP16, 32, 1, True),
+        (BF16, 24, 1, False),
+    ]:
+        if rotate_matmul.supports(dtype, b):
+            name = f"rotate_matmul {SHORT[dtype]} b={b} T={tokens}" + " bias" * bias
+            yield Case(name, partial(matmul, dtype, b, tokens, bias), plain=("_sum",))
+
+
+# -------------------------------------------------------------------------------------------------------- 4-bit weights
+
+
+class Quantized(NamedTuple):
+    """A weight as bitsandbytes stores it, in blocks of 64."""
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    shape: tuple[int, int]
+    blocksize: int
+
+
+def quantized(d: int, double: bool, device: torch.device) -> tuple[Quantized, nf4.Nested | None]:
+    """A weight of ``(FEATURES, d)``, and with double quantization what its scales come from."""
+    scales = FEATURES * d // 64
+    nested = None
+    if double:
+        level, offset = torch.empty(256, device=device), torch.empty((), device=device)
+        nested = nf4.Nested(level, torch.empty(scales // 256, device=device), offset, 256)
+    packed = torch.empty(FEATURES * d // 2, 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(scales, dtype=torch.uint8 if double else torch.float32, device=device)
+    return Quantized(packed, absmax, torch.empty(16, device=device), (FEATURES, d), 64), nested
+
+
+def dequantize(dtype: torch.dtype, b: int, double: bool, device: torch.device) -> object:
+    """``b`` is 0 where the weight is not rotated."""
+    weight, nested = quantized(FEATURES // b * b if b else FEATURES, double, device)
+    return nf4.dequantize_rotate(*weight, delta(b, device) if b else None, dtype, nested=nested)
+
+
+def matmul_4bit(dtype: torch.dtype, b: int, tokens: int, double: bool, device: torch.device) -> object:
+    x = activations(dtype, b, tokens, device)
+    weight, nested = quantized(x.shape[1], double, device)
+    return nf4_matmul.rotate_matmul_4bit(x, delta(b, device), *weight, nested=nested)
+
+
+def nf4_cases() -> Iterator[Case]:
+    for dtype, b, double in [
+        *((BF16, b, True) for b in BLOCK_SIZES if b <= nf4.MAX_BLOCK_SIZE),
+        *((FP32, b, True) for b in (32, 64)),
+        (BF16, 32, False),
+        (BF16, 24, True),
+    ]:
+        name = f"nf4 dequantize and rotate {SHORT[dtype]} b={b}" + " nested" * double
+        yield Case(name, partial(dequantize, dtype, b, double))
+    yield Case("nf4 dequantize bf16 nested", partial(dequantize, BF16, 0, True), plain=("_dequantize",))
+    for dtype, b, tokens, double in [
+        (BF16, 32, 1, True),
+        (BF16, 32, 16, True),
+        (BF16, 32, 1, False),
+        (BF16, 24, 1, True),
+        (FP32, 32, 1, True),
+    ]:
+        name = f"nf4 product {SHORT[dtype]} b={b} T={tokens}" + " nested" * double
+        yield Case(name, partial(matmul_4bit, dtype, b, tokens, double))
+
+
+CASES = [*cayley_cases(), *rotate_cases(), *matmul_cases(), *nf4_cases()]
