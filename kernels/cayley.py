@@ -107,9 +107,9 @@ def _launch(block_size: int, num_blocks: int) -> tuple[tuple[int], dict[str, int
     return (triton.cdiv(num_blocks, tile // block_size),), {"B": block_size, "TILE": tile, "num_warps": 4}
 
 
-def supports(dtype: torch.dtype, block_size: int) -> bool:
-    """Whether the kernels take this."""
-    return dtype == torch.float32 and block_size <= MAX_BLOCK_SIZE
+def supports(dtype: torch.dtype, block_size: int, terms: int = 0) -> bool:
+    """Whether the kernels take this; at the largest block size, the gradient of more terms than four spills."""
+    return dtype == torch.float32 and block_size <= (MAX_BLOCK_SIZE if terms <= 4 else MAX_BLOCK_SIZE // 2)
 
 
 def cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from oftv2._ops import DEFAULTS, check_features, check_rotation
+from oftv2._quant_ops import Weight4bit
 
 _OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -47,13 +48,13 @@ def rotates(x: Tensor, block_size: int, *, group: int = 1, terms: int = 0) -> bo
     return rotate.supports(x.dtype, block_size, group=group, terms=terms)
 
 
-def transforms(generators: Tensor, block_size: int) -> bool:
-    """Whether a kernel makes Δ from packed generators."""
+def transforms(generators: Tensor, block_size: int, terms: int = 0) -> bool:
+    """Whether a kernel makes Δ from packed generators, or inverts R."""
     if not usable(generators.device):
         return False
     from . import cayley
 
-    return cayley.supports(generators.dtype, block_size)
+    return cayley.supports(generators.dtype, block_size, terms)
 
 
 def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -70,14 +71,14 @@ def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any
     return note
 
 
-@_kernel("cayley_neumann", when=lambda generators, block_size, terms: transforms(generators, block_size))
+@_kernel("cayley_neumann", when=transforms)
 def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     from . import cayley
 
     return cayley.cayley_neumann(generators, block_size, terms)
 
 
-@_kernel("cayley_neumann_backward", when=lambda grad, generators, block_size, terms: transforms(generators, block_size))
+@_kernel("cayley_neumann_backward", when=lambda grad, *rest: transforms(*rest))
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
     from . import cayley
 
@@ -122,7 +123,7 @@ def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _makes_and_rotates(x: Tensor, generators: Tensor, block_size: int, terms: int) -> bool:
-    return rotates(x, block_size, terms=terms) and transforms(generators, block_size)
+    return rotates(x, block_size, terms=terms) and transforms(generators, block_size, terms)
 
 
 @_kernel("neumann_rotate", when=_makes_and_rotates)
@@ -168,3 +169,56 @@ def _rotate_group_backward(grads: list[Tensor], x: Tensor, deltas: list[Tensor])
 
     grad_x, partials = rotate.rotate_backward(grads, x, deltas, deltas[0].shape[1])
     return grad_x, [part.sum(0).to(delta.dtype) for part, delta in zip(partials, deltas, strict=True)]
+
+
+def _multiplies(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not (usable(x.device) and x.dtype == weight.dtype):
+        return False
+    from . import rotate_matmul
+
+    return rotate_matmul.supports(x.dtype, delta.shape[-1])
+
+
+@_kernel("rotate_matmul", when=_multiplies)
+def _rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from . import rotate_matmul
+
+    check_rotation(x, delta)
+    return rotate_matmul.rotate_matmul(x, delta, weight, bias)
+
+
+# ---------------------------------------------------------------------------------------------- 4-bit weights
+
+
+def _stored(weight: Weight4bit) -> tuple[Any, ...]:
+    """The kernels' arguments for a 4-bit weight, and its nested scales."""
+    nested = (*weight.nested, weight.blocksize2) if weight.nested else None
+    return (weight.packed, weight.absmax, weight.code, tuple(weight.shape), weight.blocksize), nested
+
+
+def _dequantizes(delta: Tensor, dtype: torch.dtype) -> bool:
+    if not usable(delta.device):
+        return False
+    from . import nf4
+
+    return nf4.supports(dtype, delta.shape[-1])
+
+
+@_kernel("dequantize_rotate_4bit", when=lambda delta, *rest: _dequantizes(delta, rest[-1]))
+def _dequantize_rotate(delta: Tensor, *arguments: Any) -> Tensor:
+    from . import nf4
+
+    *weight, dtype = arguments
+    (packed, absmax, code, shape, blocksize), nested = _stored(Weight4bit(*weight))
+    return nf4.dequantize_rotate(packed, absmax, code, shape, blocksize, delta, dtype, nested=nested)
+
+
+@_kernel(
+    "rotate_matmul_4bit", when=lambda x, delta, *rest: _dequantizes(delta, x.dtype) and rotates(x, delta.shape[-1])
+)
+def _rotate_matmul_4bit(x: Tensor, delta: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    from . import nf4_matmul
+
+    check_rotation(x, delta)
+    (packed, absmax, code, shape, blocksize), nested = _stored(Weight4bit(*arguments))
+    return nf4_matmul.rotate_matmul_4bit(x, delta, packed, absmax, code, shape, blocksize, nested=nested, bias=bias)

@@ -22,8 +22,8 @@ from .tiles import load_blocks, load_rows, multiprocessors, on_device, rows, sha
 @triton.jit(do_not_specialize=["T", "steps", "share"])
 def _matmul(
     x, delta, weight, bias, out, T, columns, outputs, num_blocks, x_stride, weight_stride, steps, share,
-    STRIDES: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr, WITH_BIAS: tl.constexpr,
+    STRIDES: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, WITH_BIAS: tl.constexpr,
 ):  # fmt: skip
     # STRIDES are constants so that Δ is read in 16 bytes at a time where b is no multiple of 16.
     # Programs that run together read few tiles of W: GROUP tiles of tokens by one tile of outputs, and on.

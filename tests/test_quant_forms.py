@@ -24,6 +24,22 @@ def device(kernel_device, monkeypatch):
     return kernel_device
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the launchers that ran, so that no test compares plain torch with itself."""
+    from oftv2.kernels import nf4, nf4_matmul
+
+    called = []
+
+    def watch(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: called.append(name) or original(*args, **options))
+
+    watch(nf4, "dequantize_rotate")
+    watch(nf4_matmul, "rotate_matmul_4bit")
+    return called
+
+
 def make(kind, device, *, d=128, n=48, b=16, dtype=torch.float32, **fields):
     layer = QuantOFTLinear(
         quantize(nn.Linear(d, n).to(dtype), kind, dtype).to(device), OFTConfig(block_size=b, **fields), name="proj"
@@ -52,13 +68,14 @@ def test_plain_dequantization_is_bitsandbytes(kind, dtype):
 
 @each_format
 @pytest.mark.parametrize("leading", [(70,), (2, 5), (1,), (0,)], ids=str)
-def test_weight_form(device, kind, leading):
+def test_weight_form(device, launches, kind, leading):
     layer = make(kind, device)
     layer.form = "weight"
     x = torch.randn(*leading, 128, device=device, requires_grad=True)
     upstream = torch.randn(*leading, 48, device=device)
     y = layer(x)
     y.backward(upstream)
+    assert launches == ["dequantize_rotate"] * 2
     expected, grad_x, grad_generators = oracle(layer, x, upstream)
     assert_close("y", y.detach().cpu(), expected, 3e-6)
     assert_close("∂x", x.grad.cpu(), grad_x, 3e-6)
@@ -82,12 +99,13 @@ def test_weight_form_in_16_bit(device, dtype):
 
 @each_format
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])
-def test_fused_form(device, kind, tokens):
+def test_fused_form(device, launches, kind, tokens):
     layer = make(kind, device).eval()
     layer.form = "fused"
     x = torch.randn(tokens, 128, device=device)
     with torch.no_grad():
         y = layer(x)
+    assert launches == ["rotate_matmul_4bit"]
     assert_close("y", y.cpu(), oracle(layer, x, torch.zeros(tokens, 48))[0], 3e-6)
 
 
