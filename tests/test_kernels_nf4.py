@@ -1,0 +1,188 @@
+"""The Triton kernels on 4-bit weights, against bitsandbytes and float64 references: in the interpreter, or on CUDA."""
+
+from __future__ import annotations
+
+import copy
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from conftest import assert_close
+from oftv2 import reference
+
+# What rounding alone costs, with room for the order of summation; Δ is rounded to 16 bit as well.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+NESTED = pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+KINDS = pytest.mark.parametrize("kind", ["nf4", "fp4"])
+pytestmark = pytest.mark.timeout(300)
+
+
+class Weight:
+    """A random weight as bitsandbytes packs it, and the arguments that the launchers take for it."""
+
+    def __init__(self, device, n, d, *, kind="nf4", blocksize=64, nested=False):
+        plain = torch.randn(n, d, device=device) * 0.05
+        self.packed, self.state = bnb.quantize_4bit(
+            plain, blocksize=blocksize, compress_statistics=nested, quant_type=kind
+        )
+        self.storage = (self.packed, self.state.absmax, self.state.code)
+        self.layout = ((n, d), blocksize)
+        self.nested = None
+        if nested:
+            more = self.state.state2
+            self.nested = (more.code, more.absmax, self.state.offset, more.blocksize)
+
+    def dequantized(self, dtype):
+        """By bitsandbytes, as a single row: its CPU kernel is wrong where blocks reach over the end of a row."""
+        state = copy.copy(self.state)
+        state.dtype, state.shape = dtype, torch.Size((1, self.layout[0][0] * self.layout[0][1]))
+        return bnb.dequantize_4bit(self.packed, state).view(self.layout[0])
+
+    def rotated(self, delta, dtype):
+        from oftv2.kernels.nf4 import dequantize_rotate
+
+        return dequantize_rotate(*self.storage, *self.layout, delta, dtype, nested=self.nested)
+
+    def product(self, x, delta, **options):
+        from oftv2.kernels.nf4_matmul import rotate_matmul_4bit
+
+        return rotate_matmul_4bit(x, delta, *self.storage, *self.layout, nested=self.nested, **options)
+
+
+def deltas(device, d, b):
+    return torch.randn(d // b, b, b, device=device) * (0.3 / b**0.5)
+
+
+def plus_identity(delta):
+    return delta.double() + torch.eye(delta.shape[-1], dtype=torch.float64, device=delta.device)
+
+
+class TestDequantize:
+    @DTYPES
+    @NESTED
+    @KINDS
+    @pytest.mark.parametrize(
+        ("n", "d", "blocksize"),
+        [(5, 256, 64), (3, 640, 128), (2, 512, 512), (7, 96, 64), (6, 33, 64), (30, 200, 4096), (1, 2, 64)],
+        ids=str,
+    )
+    def test_equals_bitsandbytes(self, kernel_device, n, d, blocksize, kind, nested, dtype):
+        weight = Weight(kernel_device, n, d, kind=kind, blocksize=blocksize, nested=nested)
+        actual = weight.rotated(None, dtype)
+        assert actual.dtype == dtype
+        assert torch.equal(actual, weight.dequantized(dtype))
+
+    def test_any_storage_dtype_and_offset(self, kernel_device):
+        weight = Weight(kernel_device, 4, 128)
+        expected = weight.dequantized(torch.bfloat16)
+        shifted = torch.cat([weight.packed.new_zeros(1, 1), weight.packed])[1:]
+        assert shifted.storage_offset() == 1
+        for packed in (weight.packed.view(-1).view(torch.bfloat16)[:, None], shifted):
+            weight.storage = (packed, *weight.storage[1:])
+            assert torch.equal(weight.rotated(None, torch.bfloat16), expected)
+
+    def test_nothing_to_do(self, kernel_device):
+        weight = Weight(kernel_device, 2, 64)
+        weight.layout = ((0, 64), 64)
+        assert weight.rotated(deltas(kernel_device, 64, 32), torch.float16).shape == (0, 64)
+
+
+class TestDequantizeRotate:
+    @DTYPES
+    @pytest.mark.parametrize(
+        ("n", "d", "b", "blocksize"),
+        [
+            (70, 256, 32, 64),
+            (5, 192, 2, 64),
+            (3, 320, 8, 64),
+            (9, 96, 12, 64),
+            (33, 384, 16, 128),
+            (6, 192, 64, 128),
+            (4, 256, 128, 64),
+            (2, 512, 256, 64),
+            (2, 512, 32, 512),
+            (21, 200, 8, 4096),
+            (6, 33, 3, 64),
+            (5, 240, 48, 64),
+            (2, 144, 72, 64),
+        ],
+        ids=str,
+    )
+    def test_value(self, kernel_device, n, d, b, blocksize, dtype):
+        if (b, dtype) == (256, torch.float32):
+            with pytest.raises(ValueError, match="float32 in blocks of 256"):
+                Weight(kernel_device, n, d).rotated(deltas(kernel_device, d, b), dtype)
+            return
+        for kind, nested in (("nf4", False), ("fp4", True)):
+            weight = Weight(kernel_device, n, d, kind=kind, blocksize=blocksize, nested=nested)
+            delta = deltas(kernel_device, d, b)
+            expected = reference.merge_weight(weight.dequantized(dtype).double(), plus_identity(delta))
+            assert_close(f"{kind} W′", weight.rotated(delta, dtype), expected, ROUNDING[dtype])
+            zero = torch.zeros_like(delta)
+            assert torch.equal(weight.rotated(zero, dtype), weight.dequantized(dtype))
+
+    @pytest.mark.parametrize("b", [12, 32])
+    def test_delta_in_any_layout(self, kernel_device, b):
+        weight = Weight(kernel_device, 7, 2 * 96, nested=True)
+        W = weight.dequantized(torch.float32).double()
+        delta = deltas(kernel_device, 192, b)
+        layouts = {"transposed": delta.mT, "expanded": delta[:1].expand_as(delta), "sliced": delta.repeat(1, 1, 2)}
+        layouts["sliced"] = layouts["sliced"][:, :, b:]
+        for name, given in layouts.items():
+            assert not given.is_contiguous()
+            expected = reference.merge_weight(W, plus_identity(given))
+            assert_close(name, weight.rotated(given, torch.float32), expected, ROUNDING[torch.float32])
+
+    def test_small_rotations_survive_16_bit(self, kernel_device):
+        """The effect of a rotation too small for R in bfloat16, before W′ is rounded to it."""
+        weight = Weight(kernel_device, 16, 256)
+        delta = deltas(kernel_device, 256, 32) * 0.02
+        W = weight.dequantized(torch.bfloat16).double()
+        effect = reference.merge_weight(W, plus_identity(delta)) - W
+        error = weight.rotated(delta, torch.bfloat16).double() - W - effect
+        half_step = W.abs().max() * 2**-8
+        assert error.abs().max() <= half_step
+        assert error.mean().abs() <= 0.1 * error.abs().mean()
+
+
+class TestMatmul:
+    @DTYPES
+    @pytest.mark.parametrize("T", [0, 1, 2, 16, 17])
+    @pytest.mark.parametrize(
+        ("n", "d", "b", "blocksize", "kind", "nested"),
+        [
+            (20, 640, 32, 64, "nf4", True),
+            (17, 1024, 64, 128, "fp4", False),
+            (33, 96, 12, 64, "fp4", True),
+            (6, 66, 2, 4096, "nf4", False),
+        ],
+        ids=str,
+    )
+    def test_value(self, kernel_device, n, d, b, blocksize, kind, nested, T, dtype):
+        weight = Weight(kernel_device, n, d, kind=kind, blocksize=blocksize, nested=nested)
+        W = weight.dequantized(dtype).double()
+        x = torch.randn(T, d, device=kernel_device).to(dtype)
+        delta = deltas(kernel_device, d, b)
+        bias = torch.randn(n, device=kernel_device).to(dtype)
+        expected = reference.oft_linear(x.double(), plus_identity(delta), W, bias.double())
+        actual = weight.product(x, delta, bias=bias)
+        assert actual.dtype == dtype
+        assert actual.shape == (T, n)
+        assert_close("rotated", actual, expected, 2 * ROUNDING[dtype])
+        plain = weight.product(x, None)
+        assert_close("plain", plain, x.double() @ W.mT, ROUNDING[dtype])
+        assert torch.equal(weight.product(x, torch.zeros_like(delta)), plain)
+
+    def test_any_layout_of_x(self, kernel_device):
+        weight = Weight(kernel_device, 24, 128)
+        delta = deltas(kernel_device, 128, 32)
+        x = torch.randn(2, 3, 256, device=kernel_device)[..., ::2]
+        expected = reference.oft_linear(x.double(), plus_identity(delta), weight.dequantized(torch.float32).double())
+        actual = weight.product(x, delta)
+        assert actual.shape == (2, 3, 24)
+        assert_close("strided", actual, expected, ROUNDING[torch.float32])
+        sliced = torch.randn(5, 512, device=kernel_device)[:, 64:192]
+        expected = sliced.double() @ weight.dequantized(torch.float32).double().mT
+        assert_close("sliced", weight.product(sliced, None), expected, ROUNDING[torch.float32])
