@@ -25,8 +25,8 @@ def _matmul(
     STRIDES: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, WITH_BIAS: tl.constexpr,
 ):  # fmt: skip
-    # STRIDES are constants so that Δ is read in 16 bytes at a time where b is no multiple of 16.
-    # Programs that run together read few tiles of W: GROUP tiles of tokens by one tile of outputs, and on.
+    # STRIDES of Δ are constants so that its loads are 16 bytes wide also where b is no multiple of 16.
+    # Programs that run together share tiles of W and x: GROUP tiles of tokens by one tile of outputs, then the next.
     tiles_t, tiles_n = tl.cdiv(T, BLOCK_T), tl.cdiv(outputs, BLOCK_N)
     group, inside_group = tl.program_id(0) // (GROUP * tiles_n), tl.program_id(0) % (GROUP * tiles_n)
     group_size = tl.minimum(tiles_t - group * GROUP, GROUP)
@@ -60,9 +60,8 @@ def _sum(
     """The partial sums ``(splits, size)`` added up, and the bias; ``SPLITS`` is the next power of two."""
     split = tl.arange(0, SPLITS)[:, None]
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.sum(
-        tl.load(partials + split * size + index[None, :], mask=(split < splits) & (index < size), other=0.0), 0
-    )
+    part = tl.load(partials + split * size + index[None, :], mask=(split < splits) & (index < size)[None, :], other=0.0)
+    total = tl.sum(part, 0)
     if WITH_BIAS:
         total += tl.load(bias + index % outputs, mask=index < size, other=0.0).to(tl.float32)
     tl.store(out + index, total.to(out.dtype.element_ty), mask=index < size)
@@ -96,7 +95,7 @@ _GROUP = 8
 
 
 def supports(dtype: torch.dtype, block_size: int) -> bool:
-    """Whether the kernel takes this."""
+    """Whether the kernel takes this; it reads block sizes that are no multiple of 8 in narrow, slower loads."""
     known = dtype in (torch.bfloat16, torch.float16, torch.float32)
     return known and (dtype.itemsize, _tile(block_size)) in _FEW_TOKENS
 
@@ -174,7 +173,7 @@ def rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None 
             STRIDES=delta.stride(), WITH_BIAS=whole and bias is not None, **launch.constants,
         )  # fmt: skip
         if not whole:
-            _sum[triton.cdiv(size, 256),](
+            _sum[(triton.cdiv(size, 256),)](
                 sums, bias, out, size, outputs, splits,
                 SPLITS=triton.next_power_of_2(splits), BLOCK=256, WITH_BIAS=bias is not None,
             )  # fmt: skip
