@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from oftv2 import OFTConfig, OFTLinear, reference
+from oftv2 import OFTConfig, OFTLinear, QuantOFTLinear, reference
+from oftv2.quant import find_backend
 
 SHAPES = ["1024x1024x1024", "4096x576x576", "2048x1536x576", "2048x576x1536", "512x2048x2048", "1x1024x1024"]
 METHODS = ["frozen", "oft", "peft-lora", "peft-oft"]
@@ -40,7 +41,8 @@ def make_layer(method: str, linear: nn.Linear, block_size: int, rank: int) -> nn
     if method == "frozen":
         return linear.requires_grad_(False)
     if method == "oft":
-        layer: nn.Module = OFTLinear(linear, OFTConfig(block_size=block_size))
+        layer_class = QuantOFTLinear if find_backend(linear) else OFTLinear
+        layer: nn.Module = layer_class(linear, OFTConfig(block_size=block_size))
     else:
         try:
             from peft import LoraConfig, inject_adapter_in_model

@@ -73,6 +73,34 @@ def _backward(
     tl.store(grad_packed + index, grad_Q - tl.trans(grad_Q), mask=inside & (row < column))
 
 
+@triton.jit
+def _product(products, delta, strides, out, num_blocks, B: tl.constexpr, TILE: tl.constexpr):
+    """``G R⁻ᵀ``, with R⁻¹ by Newton's iteration ``X ← X(2I − RX)``, which squares the error ``I − RX`` of each block.
+
+    It starts at Rᵀ, which is all but the inverse; at ``Rᵀ / (‖R‖₁‖R‖∞)``, which always converges, where R is far from
+    orthogonal. NaN ends it.
+    """
+    first = tl.program_id(0) * (TILE // B)
+    diagonal = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
+    identity = tl.where(diagonal, 1.0, 0.0)
+    R = load_blocks(delta, strides, first, num_blocks, 0, B, TILE, TILE) + identity
+    X = tl.trans(R)
+    residual = identity - exact_dot(R, X)
+    error = B * tl.max(tl.max(tl.abs(residual), axis=1), axis=0)  # bounds the norm of any block's residual
+    if error > 0.5:
+        X = X / (tl.max(tl.sum(tl.abs(R), axis=0), axis=0) * tl.max(tl.sum(tl.abs(R), axis=1), axis=0))
+        residual = identity - exact_dot(R, X)
+    step = 0
+    while (error > 1e-4) & (step < 40):
+        X += exact_dot(X, residual)
+        residual = identity - exact_dot(R, X)
+        error = B * tl.max(tl.max(tl.abs(residual), axis=1), axis=0)
+        step += 1
+    X += exact_dot(X, residual)
+    G = load_blocks(products, (B * B, B, 1), first, num_blocks, 0, B, TILE, TILE)
+    store_blocks(out, exact_dot(G, tl.trans(X)), first, num_blocks, 0, B, TILE, TILE)
+
+
 def _launch(block_size: int, num_blocks: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the constants of both kernels."""
     tile = tile_size(block_size)
@@ -107,3 +135,14 @@ def cayley_neumann_backward(grads: Tensor, generators: Tensor, block_size: int, 
                 grads.contiguous(), generators.contiguous(), grad, splits, num_blocks, TERMS=terms, **constants
             )
     return grad
+
+
+def times_inverse_transposed(products: Tensor, delta: Tensor) -> Tensor:
+    """``G (I + Δ)⁻ᵀ`` of ``(r, b, b)``, float32, for Δ in any layout; no host synchronization."""
+    num_blocks, block_size, _ = delta.shape
+    out = products.new_empty(products.shape)
+    if num_blocks:
+        grid, constants = _launch(block_size, num_blocks)
+        with on_device(products):
+            _product[grid](products.contiguous(), delta, delta.stride(), out, num_blocks, **constants)
+    return out

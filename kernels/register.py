@@ -108,6 +108,19 @@ def _rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     return partials.sum(0).to(delta.dtype)
 
 
+@_kernel(
+    "weight_form_delta_grad",
+    when=lambda grad_x, x, delta: (
+        rotates(x, delta.shape[-1]) and grad_x.dtype == x.dtype and transforms(delta, delta.shape[-1])
+    ),
+)
+def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+    from . import cayley, rotate
+
+    _, (partials,) = rotate.rotate_backward([grad_x], x, [delta], delta.shape[1], with_x=False)
+    return cayley.times_inverse_transposed(partials.sum(0), delta)
+
+
 def _makes_and_rotates(x: Tensor, generators: Tensor, block_size: int, terms: int) -> bool:
     return rotates(x, block_size, terms=terms) and transforms(generators, block_size)
 

@@ -17,26 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import load_blocks, load_skew, multiprocessors, neumann_delta, on_device, rows, store_blocks, tile_size
+from .tiles import (
+    load_blocks,
+    load_rows,
+    load_skew,
+    multiprocessors,
+    neumann_delta,
+    on_device,
+    rows,
+    store_blocks,
+    tile_columns,
+    tile_size,
+)
 
 MAX_GROUP = 3
-
-
-@triton.jit
-def _columns(first, part, columns, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """``WIDTH`` columns of a tile of blocks: where they are in ``x``, and whether they exist."""
-    local = part + tl.arange(0, WIDTH)
-    column = first * B + local
-    return column, (local < TILE // B * B) & (column < columns)
-
-
-@triton.jit
-def _load(x, row, column, inside, T, stride, EVEN: tl.constexpr):
-    """Rows of ``x`` at some columns; zero outside. Where all columns exist, loads stay 16 bytes wide."""
-    mask = (row < T)[:, None]
-    if not EVEN:
-        mask = mask & inside[None, :]
-    return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -69,8 +63,8 @@ def _forward(
 ):  # fmt: skip
     first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
     part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
-    column, inside = _columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = _columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
+    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
     dtype = x.dtype.element_ty
     delta0 = _delta(source0, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, False).to(dtype)
     if GROUP > 1:
@@ -80,11 +74,11 @@ def _forward(
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
-        tile = _load(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+        tile = load_rows(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
         if WIDTH == TILE:
             kept = tile.to(tl.float32)
         else:
-            kept = _load(x, row, wanted, exists, T, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
+            kept = load_rows(x, row, wanted, exists, T, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
         rotated = kept + tl.dot(tile, delta0, input_precision="tf32x3")
         _store(out0, rotated, row, wanted, exists, T, columns, EVEN)
         if GROUP > 1:
@@ -101,10 +95,10 @@ def _backward_part(
     WIDTH: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr, WITH_DELTA: tl.constexpr,
 ):  # fmt: skip
     """What one rotation adds to ∂x ``[BLOCK_T, WIDTH]`` and to its ∂Δ ``[TILE, WIDTH]`` for some tokens."""
-    part = _load(grad, row, wanted, exists, T, stride, EVEN)  # [BLOCK_T, WIDTH]
+    part = load_rows(grad, row, wanted, exists, T, stride, EVEN)  # [BLOCK_T, WIDTH]
     grad_x = part.to(tl.float32)
     if WITH_X:
-        whole = part if WIDTH == TILE else _load(grad, row, column, inside, T, stride, EVEN)  # [BLOCK_T, TILE]
+        whole = part if WIDTH == TILE else load_rows(grad, row, column, inside, T, stride, EVEN)  # [BLOCK_T, TILE]
         grad_x += tl.dot(whole, delta, input_precision="tf32x3")
     if WITH_DELTA:
         return grad_x, tl.dot(tl.trans(x_tile), part, input_precision="tf32x3")
@@ -121,8 +115,8 @@ def _backward(
 ):  # fmt: skip
     first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
     part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
-    column, inside = _columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = _columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
+    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
     dtype = grad0.dtype.element_ty
     delta0 = tl.zeros((TILE, WIDTH), dtype)  # Δᵀ
     delta1, delta2 = delta0, delta0
@@ -139,7 +133,7 @@ def _backward(
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         if WITH_DELTA:
-            x_tile = _load(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+            x_tile = load_rows(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
         total, added = _backward_part(
             grad0, grad_stride0, x_tile, delta0, row, column, inside, wanted, exists, T,
             WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,

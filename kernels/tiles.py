@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Multiprocessors assumed where there is no CUDA device to ask (the interpreter, compiling ahead): an H100's or H200's.
+# Assumed where there is no CUDA device to ask (the interpreter, compiling ahead): an H100's or H200's.
 _DEFAULT_MULTIPROCESSORS = 132
+_DEFAULT_SHARED_MEMORY = 227 * 1024
 
 
 def tile_size(block_size: int) -> int:
@@ -31,6 +32,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _DEFAULT_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=16)
+def shared_memory(device: torch.device) -> int:
+    """How many bytes of shared memory a program may take on a CUDA device."""
+    if device.type != "cuda":
+        return _DEFAULT_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -52,6 +62,23 @@ def tile_positions(first_block, num_blocks, first_column, B: tl.constexpr, TILE:
     block = first_block + i // B + 0 * j
     inside = (i // B == j // B) & (i < TILE // B * B) & (block < num_blocks)
     return block, i % B + 0 * j, j % B + 0 * i, inside
+
+
+@triton.jit
+def tile_columns(first, part, columns, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """``WIDTH`` columns of a tile of blocks: where they are in ``x``, and whether they exist."""
+    local = part + tl.arange(0, WIDTH)
+    column = first * B + local
+    return column, (local < TILE // B * B) & (column < columns)
+
+
+@triton.jit
+def load_rows(x, row, column, inside, T, stride, EVEN: tl.constexpr):
+    """Rows of a matrix at some columns; zero outside. Where all columns exist, loads stay 16 bytes wide."""
+    mask = (row < T)[:, None]
+    if not EVEN:
+        mask = mask & inside[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

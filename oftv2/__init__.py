@@ -6,6 +6,8 @@ from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
 from .errors import AdapterError, RequantizationWarning, StabilityWarning
+from .explain import Explanation, explain
+from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
 from .quant import QuantOFTLinear
 from .serialization import load_adapter, save_adapter
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "ConfigError",
+    "Explanation",
     "LayerDiagnostics",
     "OFTConfig",
     "OFTConv2d",
@@ -27,6 +30,8 @@ __all__ = [
     "StabilityWarning",
     "diagnostics",
     "disable_adapter",
+    "explain",
+    "group_projections",
     "load_adapter",
     "merge",
     "print_trainable_parameters",

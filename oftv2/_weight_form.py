@@ -12,37 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, as_blocks, check_rotation, default
+from ._ops import add_identity, check_rotation, default, identity
 
 torch.library.define("oftv2::weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define(
     "oftv2::weight_form_backward", "(Tensor grad, Tensor x, Tensor delta, Tensor weight) -> (Tensor, Tensor)"
 )
+torch.library.define("oftv2::weight_form_delta_grad", "(Tensor grad_x, Tensor x, Tensor delta) -> Tensor")
 
 
-def _rotated_transpose(R: Tensor, weight: Tensor) -> Tensor:
-    """``W′ᵀ`` of ``(d, n)``, contiguous, from ``W`` of ``(n, d)`` without a copy: ``R_j`` times rows of ``Wᵀ``."""
-    r, b, _ = R.shape
-    return torch.bmm(R, weight.t().view(r, b, weight.shape[0])).view(weight.shape[1], weight.shape[0])
+# Up to so many elements of W, a batched product is quicker to start than a convolution, of which the step is made twice
+# (2 threads, float32, b = 32, whole training steps: 0.4 ms less at (n, d) = (576, 1536), 0.1 at (1024, 1024); the
+# rotation alone 6.1 against 2.8 ms at (2048, 2048)).
+_SMALL_WEIGHT = 1 << 20
+
+
+def _rotated(weight: Tensor, delta: Tensor) -> Tensor:
+    """``W′``; of a small W as the transpose of R times Wᵀ, which takes W as it lies and returns rows of Wᵀ."""
+    if weight.device.type != "cpu" or weight.numel() > _SMALL_WEIGHT:
+        return torch.ops.oftv2.rotate(weight, delta.mT)
+    R = add_identity(delta.to(weight.dtype))
+    return torch.bmm(R, weight.t().unflatten(0, delta.shape[:2])).flatten(0, 1).t()
 
 
 @default("weight_form")
 def _weight_form(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_rotation(x, delta)
-    flat = x.reshape(-1, x.shape[-1])
-    rotated = _rotated_transpose(add_identity(delta.to(x.dtype, copy=True)), weight)
-    y = flat @ rotated if bias is None else torch.addmm(bias, flat, rotated)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return torch.nn.functional.linear(x, _rotated(weight, delta), bias)
 
 
 @default("weight_form_backward")
 def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    R = add_identity(delta.to(x.dtype, copy=True))
-    flat = grad.reshape(-1, grad.shape[-1])
-    grad_x = (flat @ _rotated_transpose(R, weight).t()).view(x.shape)
-    # ∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j, and (∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ
-    products = torch.bmm(as_blocks(x, delta).mT, as_blocks(grad_x, delta))
-    return grad_x, torch.bmm(products, _inverse(R).mT).to(delta.dtype)
+    grad_x = grad @ _rotated(weight, delta)
+    return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
+
+
+@default("weight_form_delta_grad")
+def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+    """``∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j``, and ``(∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ``."""
+    products = torch.ops.oftv2.rotate_delta_grad(grad_x, x, delta)
+    R = add_identity(delta)
+    inverse = _inverse(R) if R.device.type == "cpu" else torch.linalg.inv_ex(R).inverse  # does not wait for the device
+    return torch.bmm(products, inverse.mT)
 
 
 def _inverse(R: Tensor) -> Tensor:
@@ -53,8 +64,8 @@ def _inverse(R: Tensor) -> Tensor:
     """
     inverse, precision = R.mT, torch.finfo(R.dtype).eps
     while True:
-        residual = add_identity(torch.bmm(R, inverse).neg_())
-        error = R.shape[-1] * residual.abs().amax().item()  # bounds ‖I − R·inverse‖
+        residual = torch.baddbmm(identity(R.shape[-1], R.dtype, R.device), R, inverse, alpha=-1)
+        error = R.shape[-1] * torch.linalg.vector_norm(residual, torch.inf).item()  # bounds ‖I − R·inverse‖
         if not error < 0.1:
             return torch.linalg.inv_ex(R).inverse  # NaN in, NaN out
         inverse = torch.baddbmm(inverse, inverse, residual)
@@ -71,6 +82,7 @@ torch.library.register_fake("oftv2::weight_form")(_fake_weight_form)
 torch.library.register_fake("oftv2::weight_form_backward")(
     lambda grad, x, delta, weight: (x.new_empty(x.shape), delta.new_empty(delta.shape))
 )
+torch.library.register_fake("oftv2::weight_form_delta_grad")(lambda grad_x, x, delta: delta.new_empty(delta.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

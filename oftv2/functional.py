@@ -8,14 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _fused_ops, _ops, _weight_form  # noqa: F401  (they register the operators)
-from .kernels.register import register
+from . import _fused_ops, _ops, _quant_ops, _weight_form  # noqa: F401  (they register the operators)
+from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
+from .kernels.register import register, rotates, usable
 
 _CUDA_KERNELS = register()
-
-# Tokens per output feature from which rotating the weight is cheaper than rotating the activations (CPU, 2 threads,
-# float32, b = 32; benchmarks/layer.py).
-_WEIGHT_FORM_TOKENS_PER_OUTPUT = 1.0
 
 
 def effective_generators(
@@ -82,6 +79,15 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
     Returns:
         torch.Tensor: ``(..., d)``.
     """
+    if (
+        not torch.is_grad_enabled()
+        and x.dtype == delta.dtype
+        and x.is_cpu
+        and x.shape[:-1].numel() < _ops.FEW_TOKENS
+        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    ):
+        _ops.check_rotation(x, delta)
+        return _ops.rotate_few(x, delta)  # as the operator would, but the dispatcher takes longer than one token
     return torch.ops.oftv2.rotate(x, delta)
 
 
@@ -100,17 +106,46 @@ def rotate_group(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     return torch.ops.oftv2.rotate_group(x, list(deltas))
 
 
+def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 4) -> Tensor:
+    """``rotate(x, cayley_neumann(generators, …))`` as one operator: on a GPU, one launch forward and two backward.
+
+    Args:
+        x (torch.Tensor): ``(..., d)``; it and the generators are all that is kept for the backward pass.
+        generators (torch.Tensor): packed strict upper triangles, ``(r, b(b−1)/2)``, float32 or float64.
+        block_size (int): ``b``.
+        terms (int): ``k``. Default 4.
+
+    Returns:
+        torch.Tensor: ``(..., d)``.
+    """
+    _check_packed(generators, block_size)
+    return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a device runs the Triton kernels."""
+    return device.type == "cuda" and usable(device)
+
+
+def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:
+    """Whether :func:`neumann_rotate` beats its two steps: where a kernel makes the rotation while it rotates."""
+    if torch.compiler.is_compiling():  # the operator itself asks what the device can do, when the graph runs
+        return x.device.type == "cuda"
+    return runs_kernels(x.device) and rotates(x, block_size, terms=1)
+
+
 def oft_linear(
     x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None = None, *, form: str | None = None
 ) -> Tensor:
-    """``y = (x R) Wᵀ + bias`` of a frozen weight, in the cheaper of two forms.
+    """``y = (x R) Wᵀ + bias`` of a frozen weight, in the cheapest of its forms.
 
     Args:
         x (torch.Tensor): ``(..., d)``.
         delta (torch.Tensor): ``Δ = R − I`` of ``(r, b, b)``.
         weight (torch.Tensor): ``(n, d)``.
         bias (torch.Tensor | None): ``(n,)``.
-        form (str | None): ``"input"`` rotates ``x``, ``"weight"`` rotates ``W``; ``None``: :func:`choose_form` decides.
+        form (str | None): ``"input"`` rotates ``x``; ``"weight"`` rotates ``W``, for this call alone; ``"fused"``
+            rotates ``x`` on its way into the product, without gradients; ``None``: :func:`choose_form` decides.
 
     Returns:
         torch.Tensor: ``(..., n)``.
@@ -118,26 +153,44 @@ def oft_linear(
     Raises:
         ValueError: another ``form``.
     """
-    form = form or choose_form(x, weight, bias)
-    if form == "weight":
+    form = form or choose_form(x, weight, bias, delta.shape[-1])
+    if form == WEIGHT:
         return torch.ops.oftv2.weight_form(x, delta, weight, bias)
-    if form != "input":
-        raise ValueError(f'form={form!r} is not allowed: use "input", "weight" or None')
+    if form == FUSED:
+        return torch.ops.oftv2.rotate_matmul(x, delta, weight, bias)
+    if form != INPUT:
+        raise ValueError(f'form={form!r} is not allowed: use "input", "weight", "fused" or None')
     return torch.nn.functional.linear(rotate(x, delta), weight, bias)
 
 
-def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """Which form of an adapted linear layer costs less: ``"input"`` or ``"weight"``.
+def forms(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *, gradient: bool) -> tuple[str, ...]:
+    """The forms that a product of activations of ``dtype`` with ``weight`` can take where the weight is.
 
-    Both forms share the products with the weight and the reduction over tokens; what differs is a rotation of ``T × d``
-    activations against one of ``n × d`` weights, each twice.
+    The weight form wants a frozen weight in the activations' dtype; on a CPU not in 16 bit, in which products are slow.
+    The fused form is a kernel without a backward pass.
     """
-    frozen = not weight.requires_grad and not (bias is not None and bias.requires_grad)
-    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.element_size() >= 4
-    if not (frozen and plain) or torch.is_autocast_enabled("cpu"):
-        return "input"
+    if torch.compiler.is_compiling():  # the choice would be frozen into the graph, whatever the tokens of later calls
+        return (INPUT,)
+    trains = gradient and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    device = weight.device
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and dtype.itemsize < 4):
+        return (INPUT,)
+    if trains or dtype != weight.dtype or torch.is_autocast_enabled(device.type):
+        return (INPUT,)
+    if runs_kernels(device) and not gradient:
+        return (INPUT, WEIGHT, FUSED)
+    return (INPUT, WEIGHT)
+
+
+def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None, block_size: int) -> str:
+    """Which form of an adapted linear layer costs least: ``"input"``, ``"weight"`` or ``"fused"``."""
+    gradient = torch.is_grad_enabled()
+    possible = forms(x.dtype, weight, bias, gradient=gradient)
+    if len(possible) == 1:
+        return possible[0]
     tokens = x.numel() // max(1, x.shape[-1])
-    return "weight" if tokens >= _WEIGHT_FORM_TOKENS_PER_OUTPUT * weight.shape[0] else "input"
+    problem = Problem(tokens, weight.shape[1], weight.shape[0], block_size, x.element_size(), gradient)
+    return cheapest(problem, possible, machine(weight.device))
 
 
 def _check_packed(generators: Tensor, block_size: int) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import functional as F
 from .base import OFTLayer, rotated, with_weight
+from .cost_model import INPUT, Problem, cheapest, machine
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -30,9 +32,13 @@ class OFTLinear(OFTLayer):
     Shape:
         input ``(..., d)`` of any number of dimensions, output ``(..., n)``; dtypes as the base layer takes them.
 
-    With many tokens the weight is rotated instead of the input where that is cheaper, for this call alone: see
-    :func:`oftv2.functional.choose_form`.
+    Attributes:
+        form (str | None): forces a form of the layer: ``"input"`` rotates the input, ``"weight"`` the weight (for the
+            call alone), ``"fused"`` the input on its way into the product (no gradient). ``None``, the default, takes
+            the cheapest for each call; :func:`oftv2.explain` tells which and why.
     """
+
+    form: str | None = None
 
     @staticmethod
     def rotated_features(base_layer: Any) -> tuple[int, int]:
@@ -41,9 +47,17 @@ class OFTLinear(OFTLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.rotating:
             return self.base_layer(x, *args, **kwargs)
-        if not (args or kwargs) and self._only_multiplies() and F.choose_form(x, self.weight, self.bias) == "weight":
-            return F.oft_linear(x, self.delta(), self.weight, self.bias, form="weight")
-        rotated_x = F.rotate(x, self.delta())
+        form = INPUT if args or kwargs else self.choose_form(x)
+        if form != INPUT:
+            return self.call_in_form(form, x)
+        return self.call_base(self.rotate(x), *args, **kwargs)
+
+    def call_in_form(self, form: str, x: Tensor) -> Tensor:
+        """The layer's output in one of the forms that do not call the base layer."""
+        return F.oft_linear(x, self.delta(), self.weight, self.bias, form=form)
+
+    def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output; RuntimeError where it lets no gradient through."""
         y = self.base_layer(rotated_x, *args, **kwargs)
         if rotated_x.requires_grad and not y.requires_grad:
             raise RuntimeError(
@@ -53,15 +67,45 @@ class OFTLinear(OFTLayer):
             )
         return y
 
+    def forms(self, dtype: torch.dtype, *, gradient: bool) -> tuple[str, ...]:
+        """The forms that a call with activations of ``dtype`` can take."""
+        return F.forms(dtype, self.weight, self.bias, gradient=gradient) if self._only_multiplies() else (INPUT,)
+
+    def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
+        """The sizes of a call, for the cost model."""
+        d, n = self.rotated_features(self.base_layer)[0], self.out_features
+        return Problem(tokens, d, n, self.rotation.block_size, dtype.itemsize, gradient)
+
+    def choose_form(self, x: Tensor) -> str:
+        """The form of this call: the forced one, or the cheapest."""
+        if self.form is None and x.is_cpu and x.numel() == x.shape[-1]:
+            return INPUT  # for a single token, asking which form to take costs as much as taking it
+        gradient = torch.is_grad_enabled()
+        possible = self.forms(x.dtype, gradient=gradient)
+        if self.form is not None:
+            if self.form not in possible:
+                raise ValueError(f"{self.name}: form={self.form!r} is not possible here; possible: {possible}")
+            return self.form
+        if len(possible) == 1:
+            return possible[0]
+        tokens = x.numel() // max(1, x.shape[-1])
+        return cheapest(self.problem(tokens, x.dtype, gradient=gradient), possible, machine(x.device))
+
+    @property
+    def out_features(self) -> int:
+        """``n``."""
+        base = self.base_layer
+        return base.weight.shape[1] if is_conv1d(base) else base.out_features
+
     def _only_multiplies(self) -> bool:
         """Whether calling the base layer does nothing but multiply by an ordinary weight: no hooks, no subclass."""
+        return type(self.base_layer) is nn.Linear and type(self.base_layer.weight) is nn.Parameter and self.unhooked()
+
+    def unhooked(self) -> bool:
+        """Whether calling the base layer runs its class's forward alone."""
         base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and "forward" not in base.__dict__
-        )
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        return not any(hooks) and "forward" not in base.__dict__
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         weight = self.base_layer.weight.detach()
@@ -87,7 +131,7 @@ class OFTEmbedding(OFTLayer):
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vectors = self.base_layer(ids, *args, **kwargs)
-        return F.rotate(vectors, self.delta()) if self.rotating else vectors
+        return self.rotate(vectors) if self.rotating else vectors
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         return with_weight(self.base_layer, rotated(self.base_layer.weight.detach(), delta))

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import functional as F
+from ._quant_ops import Weight4bit
 from .base import rotated
 from .config import OFTConfig
+from .cost_model import FUSED, INPUT, WEIGHT, Problem
 from .errors import AdapterError
 from .layers import OFTLinear
 
@@ -45,7 +48,9 @@ def find_backend(module: nn.Module) -> Backend | None:
 class QuantOFTLinear(OFTLinear):
     """A frozen quantized linear layer behind a trainable rotation: ``y = base_layer(x R)`` (QOFT).
 
-    The base layer is only ever called, so any quantization works through which gradients flow.
+    The base layer is only ever called, so any quantization works through which gradients flow. On CUDA devices,
+    bitsandbytes' 4-bit weights can also be rotated while they are dequantized, for each call alone, where that is
+    cheaper: see :func:`oftv2.explain`.
 
     Args:
         base_layer (nn.Module): a quantized linear layer with ``in_features``, such as bitsandbytes' ``Linear4bit``
@@ -68,6 +73,24 @@ class QuantOFTLinear(OFTLinear):
             return super().forward(x, *args, **kwargs)
         y = super().forward(x.reshape(-1, x.shape[-1]), *args, **kwargs)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def forms(self, dtype: torch.dtype, *, gradient: bool) -> tuple[str, ...]:
+        base, bias = self.base_layer, self.base_layer.bias
+        trains = gradient and bias is not None and bias.requires_grad
+        multiplies = type(base).__module__.startswith("bitsandbytes") and self.unhooked() and not trains
+        if not (multiplies and hasattr(base.weight, "quant_state") and F.runs_kernels(base.weight.device)):
+            return (INPUT,)
+        if base.compute_dtype not in (None, dtype) or torch.is_autocast_enabled(base.weight.device.type):
+            return (INPUT,)
+        return (INPUT, WEIGHT) if gradient else (INPUT, FUSED)
+
+    def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
+        return super().problem(tokens, dtype, gradient=gradient)._replace(quantized=True)
+
+    def call_in_form(self, form: str, x: Tensor) -> Tensor:
+        operator = torch.ops.oftv2.weight_form_4bit if form == WEIGHT else torch.ops.oftv2.rotate_matmul_4bit
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return operator(x, self.delta(), bias, *_weight_4bit(self.base_layer))
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         return self._dequantized(delta, torch.float32)
@@ -149,6 +172,15 @@ def _dequantize_4bit(module: Any) -> Tensor:
     state = copy.copy(module.weight.quant_state)
     state.dtype = torch.float32
     return dequantize_4bit(module.weight.data, state)
+
+
+def _weight_4bit(module: Any) -> Weight4bit:
+    """The 4-bit weight of a layer as operators take it."""
+    state = module.weight.quant_state
+    nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
+    blocksize2 = state.state2.blocksize if state.nested else 0
+    shape = list(state.shape)
+    return Weight4bit(module.weight.data, state.absmax, state.code, nested, shape, state.blocksize, blocksize2)
 
 
 def _requantize_4bit(module: Any, weight: Tensor) -> nn.Module:

@@ -12,6 +12,8 @@ from .base import DEFAULT_ADAPTER, OFTLayer
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
 from .errors import AdapterError
+from .grouping import check_groups, ungroup
+from .grouping import group_projections as group
 from .pretrained import present, unpresent
 from .rotation import Rotation
 from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter, set_state
@@ -19,7 +21,12 @@ from .targets import Target, find_targets, layer_class_for, saved_modules
 
 
 def wrap_model(
-    model: nn.Module, config: OFTConfig | None = None, *, adapter_name: str = DEFAULT_ADAPTER, **fields: Any
+    model: nn.Module,
+    config: OFTConfig | None = None,
+    *,
+    adapter_name: str = DEFAULT_ADAPTER,
+    group_projections: bool = False,
+    **fields: Any,
 ) -> nn.Module:
     """Puts a trainable orthogonal adapter on a model, in place, and freezes everything else.
 
@@ -30,6 +37,9 @@ def wrap_model(
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
             with ``block_size=32``.
         adapter_name (str): the adapter's name.
+        group_projections (bool): rotate the input of gate and up projections once for both, where their module does
+            nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
+            result is the same. :func:`oftv2.group_projections` does it later, as after ``load_adapter``.
         **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it, as in
             ``wrap_model(model, block_size=64)``.
 
@@ -49,8 +59,11 @@ def wrap_model(
     check_model(model, adapter_name)
     targets = find_targets(model, config)
     check_sizes(targets, config)
-    install(model, config, targets, adapter_name, trained=trained_names(model, config, targets))
-    return model
+    trained = trained_names(model, config, targets)
+    if group_projections:
+        check_groups(model)
+    install(model, config, targets, adapter_name, trained=trained)
+    return group(model) if group_projections else model
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -118,6 +131,7 @@ def uninstall(model: nn.Module) -> None:
     """Puts the base layers (merged or not) back in place of the adapted ones, and forgets the adapters."""
     state = get_state(model)
     remove_hooks(model)
+    ungroup(model)
     _use_nested_tensors(model, state, True)
     replaced = [
         (path, layer) for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, OFTLayer)

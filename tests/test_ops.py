@@ -179,16 +179,50 @@ class TestRotate:
         assert_close("∂x", actual[0], wanted[0], ROUNDING[dtype])
         assert_close("∂Δ", actual[1], wanted[1], 1e-13 if dtype == torch.float64 else 2e-6)
 
-    @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 4000])
-    def test_token_counts_around_the_thresholds(self, tokens):
+    @pytest.mark.parametrize("tokens", [0, 1, 255, 256, 4000])
+    @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+    def test_token_counts_around_the_thresholds(self, tokens, layout):
         x, delta = torch.randn(tokens, 300), torch.randn(10, 30, 30) * 0.1
-        for dtype in (torch.float32, torch.bfloat16):
+        if layout == "transposed":
+            x = x.t().contiguous().t()
+        elif layout == "sliced":
+            x = torch.randn(tokens, 601)[:, 1::2]
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            R = (delta.double() + torch.eye(30)).requires_grad_()
+            wide = x.to(dtype).double().requires_grad_()
             out = ops.rotate(x.to(dtype), delta)
-            expected = reference.rotate(x.to(dtype).double(), delta.double() + torch.eye(30))
+            expected = reference.rotate(wide, R)
+            assert out.is_contiguous()
             assert_close("x̂", out, expected, ROUNDING[dtype])
             dx, ddelta = ops.rotate_backward(out, x.to(dtype), delta)
-            assert dx.shape == x.shape
-            assert ddelta.isfinite().all()
+            expected.backward(out.double())
+            assert dx.is_contiguous()
+            assert_close("∂x", dx, wide.grad, ROUNDING[dtype])
+            assert_close("∂Δ", ddelta, R.grad, 2e-6)
+
+    def test_without_onednn(self):
+        x, delta = torch.randn(300, 60), torch.randn(5, 12, 12) * 0.1
+        with torch.backends.mkldnn.flags(enabled=False):
+            without = F.rotate(x, delta)
+        assert_close("x̂", without, F.rotate(x, delta), ROUNDING[torch.float32])
+
+    def test_zero_generators_are_the_identity_bit_for_bit(self):
+        for dtype, tokens in itertools.product(ROUNDING, (1, 255, 256, 1000)):
+            x = torch.randn(tokens, 96).to(dtype)
+            assert torch.equal(F.rotate(x, F.cayley_neumann(torch.zeros(3, 496), 32)), x)
+            with torch.no_grad():
+                assert torch.equal(F.rotate(x, F.cayley_neumann(torch.zeros(3, 496), 32)), x)
+
+    def test_without_gradients_autocast_and_wrong_shapes_are_handled_alike(self):
+        x, delta = torch.randn(4, 12), torch.randn(3, 4, 4)
+        expected = F.rotate(x, delta)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(F.rotate(x, delta), expected)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="x has 13 features"):
+                F.rotate(torch.randn(13), delta)
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"takes x of \(\.\.\., d\)"):
+                F.rotate(torch.tensor(1.0), delta)
 
     @pytest.mark.parametrize("std", [0.001, 0.005, 0.02])
     def test_16_bit_keeps_small_rotations(self, std):

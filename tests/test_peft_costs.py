@@ -38,13 +38,13 @@ def test_rotation_is_cached_in_evaluation() -> None:
             counts[name] = data_operators(lambda model=model: model(x))
     assert counts["peft"].count("aten::bmm") >= 4  # the products of the Neumann series, and the rotation
     assert len(counts["peft"]) > 15
-    # beyond the frozen layer's own: I + Δ (a copy, an addition), one product, and copies for its strides
-    assert counts["ours"].count("aten::bmm") == 1
+    # beyond the frozen layer's own: x + x Δ, one product (counted below), and copies for its strides
+    assert "aten::bmm" not in counts["ours"]
     assert len(counts["ours"]) <= len(counts["frozen"]) + 5
 
     with torch.no_grad(), Operators() as cached:
         before = ours(x)
-    assert [name for name in cached.names if name in ("cayley_neumann", "rotate")] == ["rotate"]
+    assert [name for name in cached.names if name in ("cayley_neumann", "baddbmm")] == ["baddbmm"]
     with torch.no_grad():
         our_generators(ours)["0"].mul_(2)
         with Operators() as rebuilt:

@@ -35,6 +35,7 @@ def run(x, generators, weight, bias, b, form, upstream, terms=4):
         ((70,), 24, 9, 8),
         ((3, 40), 60, 33, 12),
         ((2, 2, 30), 64, 1, 32),
+        ((33,), 96, 11000, 32),
         ((1,), 6, 4, 3),
         ((0,), 8, 4, 4),
         ((), 8, 4, 2),
@@ -88,14 +89,18 @@ def test_opcheck():
 
 
 def test_the_form_is_chosen_by_tokens_per_output():
-    weight = nn.Parameter(torch.randn(48, 32), requires_grad=False)
-    assert F.choose_form(torch.randn(47, 32), weight, None) == "input"
-    assert F.choose_form(torch.randn(6, 8, 32), weight, None) == "weight"
-    assert F.choose_form(torch.randn(48, 32).bfloat16(), weight.bfloat16(), None) == "input"
-    assert F.choose_form(torch.randn(48, 32), weight, nn.Parameter(torch.zeros(48))) == "input"  # the bias trains
+    weight = nn.Parameter(torch.randn(1024, 512), requires_grad=False)
+
+    def form(tokens, dtype=torch.float32, bias=None):
+        return F.choose_form(torch.zeros(1, 1, dtype=dtype).expand(tokens, 512), weight.to(dtype), bias, 32)
+
+    assert form(1200) == "input"
+    assert form(1600) == "weight"
+    assert form(1600, torch.bfloat16) == "input"
+    assert form(1600, bias=nn.Parameter(torch.zeros(1024))) == "input"  # the bias trains
     with torch.autocast("cpu", torch.bfloat16):
-        assert F.choose_form(torch.randn(48, 32), weight, None) == "input"
-    with pytest.raises(ValueError, match='form=\'output\' is not allowed: use "input", "weight" or None'):
+        assert form(1600) == "input"
+    with pytest.raises(ValueError, match='form=\'output\' is not allowed: use "input", "weight", "fused" or None'):
         F.oft_linear(torch.randn(4, 32), torch.zeros(4, 8, 8), weight, form="output")
 
 
@@ -117,29 +122,30 @@ class TestLayer:
     @pytest.mark.parametrize("mode", ["train", "eval"])
     def test_is_the_same_on_both_sides_of_the_threshold(self, layer, calls, mode):
         layer.train(mode == "train")
-        x = torch.randn(20, 32)
+        x = torch.randn(4096, 32)
         whole = layer(x)
         assert len(calls) == 1
-        parts = torch.cat([layer(x[:10]), layer(x[10:])])
+        parts = torch.cat([layer(x[:12]), layer(x[12:24])])
         assert len(calls) == 1
-        torch.testing.assert_close(whole, parts)
+        torch.testing.assert_close(whole[:24], parts)
 
     def test_hooks_and_subclasses_of_the_base_layer_are_called(self, layer, calls):
         seen = []
         layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(1))
-        layer(torch.randn(20, 32))
+        layer(torch.randn(4096, 32))
 
         class Doubled(nn.Linear):
             def forward(self, x):
                 return 2 * super().forward(x)
 
         base = Doubled(32, 16)
-        x = torch.randn(20, 32)
+        x = torch.randn(4096, 32)
         assert torch.equal(OFTLinear(base, OFTConfig(block_size=8))(x), base(x))
         assert seen == [1]
         assert not calls
 
     def test_nothing_but_the_input_is_kept(self, layer):
+        layer.form = "weight"
         x = torch.randn(512, 32, requires_grad=True)
         kept = {}
 
@@ -156,7 +162,7 @@ class TestLayer:
 
     def test_compiles_without_graph_breaks(self, layer):
         torch._dynamo.reset()
-        x = torch.randn(20, 32)
+        x = torch.randn(24, 32)
         expected = layer(x)
         out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(out, expected)

@@ -1,0 +1,198 @@
+"""The launches that ``kernel_resources.py`` compiles: whatever the kernels say they support, in the ways they are used.
+
+A case calls a public launcher of ``oftv2.kernels`` on tensors of a given device, which need no memory behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oftv2.kernels import cayley, nf4, nf4_matmul, rotate, rotate_matmul
+
+FEATURES = 4096
+TOKENS = 8192
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
+TERMS = 4
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch, and those of its kernels that multiply no matrices: all others are to use the tensor cores."""
+
+    name: str
+    launch: Callable[[torch.device], object]
+    plain: tuple[str, ...] = ()
+
+
+def generators(b: int, device: torch.device) -> Tensor:
+    """Packed generators of a layer."""
+    return torch.empty(FEATURES // b, b * (b - 1) // 2, device=device)
+
+
+def delta(b: int, device: torch.device) -> Tensor:
+    """Δ of a layer, as the Cayley transform leaves it."""
+    return torch.empty(FEATURES // b, b, b, device=device)
+
+
+def activations(dtype: torch.dtype, b: int, tokens: int, device: torch.device) -> Tensor:
+    """Inputs of a layer."""
+    return torch.empty(tokens, FEATURES // b * b, dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------- cayley
+
+
+def cayley_forward(b: int, device: torch.device) -> object:
+    return cayley.cayley_neumann(generators(b, device), b, TERMS)
+
+
+def cayley_backward(b: int, device: torch.device) -> object:
+    return cayley.cayley_neumann_backward(delta(b, device), generators(b, device), b, TERMS)
+
+
+def cayley_inverse(b: int, device: torch.device) -> object:
+    return cayley.times_inverse_transposed(delta(b, device), delta(b, device))
+
+
+def cayley_cases() -> Iterator[Case]:
+    for b in filter(partial(cayley.supports, FP32), BLOCK_SIZES):
+        yield Case(f"cayley forward b={b}", partial(cayley_forward, b))
+        yield Case(f"cayley backward b={b}", partial(cayley_backward, b))
+        yield Case(f"cayley inverse b={b}", partial(cayley_inverse, b))
+
+
+# ------------------------------------------------------------------------------------------------------------- rotate
+
+
+def rotate_forward(dtype: torch.dtype, b: int, group: int, terms: int, device: torch.device) -> object:
+    sources = [generators(b, device) if terms else delta(b, device)] * group
+    return rotate.rotate(activations(dtype, b, TOKENS, device), sources, b, terms)
+
+
+def rotate_backward(dtype: torch.dtype, b: int, group: int, terms: int, device: torch.device) -> object:
+    sources = [generators(b, device) if terms else delta(b, device)] * group
+    x = activations(dtype, b, TOKENS, device)
+    return rotate.rotate_backward([x] * group, x, sources, b, terms)
+
+
+def rotate_one_token(device: torch.device) -> object:
+    return rotate.rotate(activations(BF16, 32, 1, device), [delta(32, device)], 32)
+
+
+def rotate_inverse(device: torch.device) -> object:
+    return rotate.rotate(activations(BF16, 32, TOKENS, device), [delta(32, device).mT], 32)
+
+
+def rotate_delta_grad(device: torch.device) -> object:
+    x = activations(BF16, 32, TOKENS, device)
+    return rotate.rotate_backward([x], x, [delta(32, device)], 32, with_x=False)
+
+
+def rotate_cases() -> Iterator[Case]:
+    for dtype, b, group, terms in [
+        *((BF16, b, group, 0) for group in (1, rotate.MAX_GROUP) for b in BLOCK_SIZES),
+        *((FP32, b, 1, 0) for b in BLOCK_SIZES),
+        *((BF16, b, 1, TERMS) for b in BLOCK_SIZES),
+        *((FP32, b, 1, TERMS) for b in BLOCK_SIZES),
+        (FP16, 32, 1, 0),
+        (BF16, 32, 2, 0),
+        (BF16, 24, 1, 0),  # neither a power of two nor a divisor of the width
+    ]:
+        if rotate.supports(dtype, b, group=group, terms=terms):
+            how = f"{SHORT[dtype]} b={b}" + f" group={group}" * (group > 1) + f" terms={terms}" * (terms > 0)
+            yield Case(f"rotate forward {how}", partial(rotate_forward, dtype, b, group, terms))
+            yield Case(f"rotate backward {how}", partial(rotate_backward, dtype, b, group, terms))
+    yield Case("rotate forward bf16 b=32 one token", rotate_one_token)
+    yield Case("rotate forward bf16 b=32 transposed Δ", rotate_inverse)
+    yield Case("rotate backward bf16 b=32 without ∂x", rotate_delta_grad)
+
+
+# ------------------------------------------------------------------------------------------------------ rotate_matmul
+
+
+def matmul(dtype: torch.dtype, b: int, tokens: int, bias: bool, device: torch.device) -> object:
+    weight = torch.empty(FEATURES, FEATURES // b * b, dtype=dtype, device=device)
+    biases = torch.empty(FEATURES, dtype=dtype, device=device) if bias else None
+    return rotate_matmul.rotate_matmul(activations(dtype, b, tokens, device), delta(b, device), weight, biases)
+
+
+def matmul_cases() -> Iterator[Case]:
+    for dtype, b, tokens, bias in [
+        *((BF16, b, tokens, False) for b in (32, 64, 128, 256) for tokens in (1, TOKENS)),
+        *((FP32, b, tokens, False) for b in (32, 128) for tokens in (1, TOKENS)),
+        (BF16, 32, 64, False),
+        (FP16, 32, 1, True),
+        (BF16, 24, 1, False),
+    ]:
+        if rotate_matmul.supports(dtype, b):
+            name = f"rotate_matmul {SHORT[dtype]} b={b} T={tokens}" + " bias" * bias
+            yield Case(name, partial(matmul, dtype, b, tokens, bias), plain=("_sum",))
+
+
+# -------------------------------------------------------------------------------------------------------- 4-bit weights
+
+
+class Quantized(NamedTuple):
+    """A weight as bitsandbytes stores it, in blocks of 64."""
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    shape: tuple[int, int]
+    blocksize: int
+
+
+def quantized(d: int, double: bool, device: torch.device) -> tuple[Quantized, nf4.Nested | None]:
+    """A weight of ``(FEATURES, d)``, and with double quantization what its scales come from."""
+    scales = FEATURES * d // 64
+    nested = None
+    if double:
+        level, offset = torch.empty(256, device=device), torch.empty((), device=device)
+        nested = nf4.Nested(level, torch.empty(scales // 256, device=device), offset, 256)
+    packed = torch.empty(FEATURES * d // 2, 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(scales, dtype=torch.uint8 if double else torch.float32, device=device)
+    return Quantized(packed, absmax, torch.empty(16, device=device), (FEATURES, d), 64), nested
+
+
+def dequantize(dtype: torch.dtype, b: int, double: bool, device: torch.device) -> object:
+    """``b`` is 0 where the weight is not rotated."""
+    weight, nested = quantized(FEATURES // b * b if b else FEATURES, double, device)
+    return nf4.dequantize_rotate(*weight, delta(b, device) if b else None, dtype, nested=nested)
+
+
+def matmul_4bit(dtype: torch.dtype, b: int, tokens: int, double: bool, device: torch.device) -> object:
+    x = activations(dtype, b, tokens, device)
+    weight, nested = quantized(x.shape[1], double, device)
+    return nf4_matmul.rotate_matmul_4bit(x, delta(b, device), *weight, nested=nested)
+
+
+def nf4_cases() -> Iterator[Case]:
+    for dtype, b, double in [
+        *((BF16, b, True) for b in BLOCK_SIZES if b <= nf4.MAX_BLOCK_SIZE),
+        *((FP32, b, True) for b in (32, 64)),
+        (BF16, 32, False),
+        (BF16, 24, True),
+    ]:
+        name = f"nf4 dequantize and rotate {SHORT[dtype]} b={b}" + " nested" * double
+        yield Case(name, partial(dequantize, dtype, b, double))
+    yield Case("nf4 dequantize bf16 nested", partial(dequantize, BF16, 0, True), plain=("_dequantize",))
+    for dtype, b, tokens, double in [
+        (BF16, 32, 1, True),
+        (BF16, 32, 16, True),
+        (BF16, 32, 1, False),
+        (BF16, 24, 1, True),
+        (FP32, 32, 1, True),
+    ]:
+        name = f"nf4 product {SHORT[dtype]} b={b} T={tokens}" + " nested" * double
+        yield Case(name, partial(matmul_4bit, dtype, b, tokens, double))
+
+
+CASES = [*cayley_cases(), *rotate_cases(), *matmul_cases(), *nf4_cases()]

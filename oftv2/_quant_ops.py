@@ -1,0 +1,102 @@
+"""Operators on bitsandbytes' 4-bit weights: dequantized and rotated in one go, and the forms of a layer made of that.
+
+A 4-bit weight ``(n, d)`` is handed over as bitsandbytes stores it: ``packed``, two neighbours a byte, the first in the
+high half; ``absmax``, a scale for each ``blocksize`` neighbours; ``code``, the 16 values of the format; and where
+``absmax`` is quantized itself, ``nested`` = its code, its absmax and its offset. ``nested`` is empty otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._ops import check_rotation, default
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor code, Tensor[] nested, int[] shape, int blocksize, int blocksize2"
+
+torch.library.define("oftv2::dequantize_rotate_4bit", f"(Tensor delta, {_WEIGHT}, ScalarType dtype) -> Tensor")
+torch.library.define("oftv2::weight_form_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
+torch.library.define(
+    "oftv2::weight_form_4bit_backward", f"(Tensor grad, Tensor x, Tensor delta, {_WEIGHT}) -> (Tensor, Tensor)"
+)
+torch.library.define("oftv2::rotate_matmul_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
+
+
+class Weight4bit(NamedTuple):
+    """A 4-bit weight in the order of the operators' arguments."""
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested: list[Tensor]
+    shape: list[int]
+    blocksize: int
+    blocksize2: int
+
+
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """``(n, d)`` in plain torch, rounded to ``dtype`` as bitsandbytes does."""
+    packed = weight.packed.reshape(-1).view(torch.uint8).int()
+    nibbles = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+    absmax = weight.absmax
+    if weight.nested:
+        code, scale, offset = weight.nested
+        absmax = code[absmax.int()] * scale.repeat_interleave(weight.blocksize2)[: absmax.numel()] + offset
+    scales = absmax.float().repeat_interleave(weight.blocksize)[: nibbles.numel()]
+    return (weight.code[nibbles] * scales).to(dtype).view(weight.shape)
+
+
+@default("dequantize_rotate_4bit")
+def _dequantize_rotate(delta: Tensor, *arguments: Any) -> Tensor:
+    *weight, dtype = arguments
+    return torch.ops.oftv2.rotate(dequantize_4bit(Weight4bit(*weight), dtype), delta.mT)
+
+
+@default("weight_form_4bit")
+def _weight_form(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    check_rotation(x, delta)
+    return torch.nn.functional.linear(x, torch.ops.oftv2.dequantize_rotate_4bit(delta, *weight, x.dtype), bias)
+
+
+@default("weight_form_4bit_backward")
+def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, *weight: Any) -> tuple[Tensor, Tensor]:
+    grad_x = grad @ torch.ops.oftv2.dequantize_rotate_4bit(delta, *weight, x.dtype)
+    return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
+
+
+@default("rotate_matmul_4bit")
+def _rotate_matmul(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    return torch.nn.functional.linear(
+        torch.ops.oftv2.rotate(x, delta), dequantize_4bit(Weight4bit(*weight), x.dtype), bias
+    )
+
+
+def _fake_output(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    check_rotation(x, delta)
+    return x.new_empty(*x.shape[:-1], Weight4bit(*weight).shape[0])
+
+
+torch.library.register_fake("oftv2::dequantize_rotate_4bit")(
+    lambda delta, *arguments: delta.new_empty(arguments[4], dtype=arguments[-1])
+)
+torch.library.register_fake("oftv2::weight_form_4bit")(_fake_output)
+torch.library.register_fake("oftv2::rotate_matmul_4bit")(_fake_output)
+torch.library.register_fake("oftv2::weight_form_4bit_backward")(
+    lambda grad, x, delta, *weight: (x.new_empty(x.shape), delta.new_empty(delta.shape))
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, delta, _, packed, absmax, code, nested, *ctx.rest = inputs
+    ctx.save_for_backward(x, delta, packed, absmax, code, *nested)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, delta, packed, absmax, code, *nested = ctx.saved_tensors
+    grads = torch.ops.oftv2.weight_form_4bit_backward(grad, x, delta, packed, absmax, code, nested, *ctx.rest)
+    return *grads, None, None, None, None, [None] * len(nested), None, None, None
+
+
+torch.library.register_autograd("oftv2::weight_form_4bit", _gradients, setup_context=_save)

@@ -1,0 +1,107 @@
+"""``explain``: which form an adapted layer would take for so many tokens, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .cost_model import Machine, Problem, cheapest, costs, machine
+from .errors import AdapterError
+from .layers import OFTLinear
+
+DESCRIPTIONS = {
+    "input": "rotates the input, then calls the base layer",
+    "weight": "rotates the weight for this call, then multiplies once",
+    "fused": "rotates the input on its way into the product",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of an adapted layer would do.
+
+    Attributes:
+        layer (str): its path in the model.
+        problem (Problem): the sizes.
+        machine (Machine): the numbers that the estimate is made from.
+        form (str): what would run.
+        forced (bool): whether ``layer.form`` decided that.
+        costs (dict[str, float]): estimated seconds beyond the frozen layer, of each form that is possible.
+        impossible (dict[str, str]): why the other forms are not.
+    """
+
+    layer: str
+    problem: Problem
+    machine: Machine
+    form: str
+    forced: bool
+    costs: dict[str, float]
+    impossible: dict[str, str]
+
+    def __str__(self) -> str:
+        p = self.problem
+        mode = "forward and backward" if p.gradient else "forward, no gradient"
+        lines = [
+            f"{self.layer}: {p.tokens} tokens, {p.inputs} → {p.outputs}, b = {p.block_size}, {mode}",
+            f"  form {self.form!r}{' (forced by layer.form)' if self.forced else ''}: {DESCRIPTIONS[self.form]}",
+        ]
+        for form, seconds in sorted(self.costs.items(), key=lambda item: item[1]):
+            lines.append(f"  {form:>6}: about {1e6 * seconds:,.1f} µs beyond the frozen layer")
+        lines += [f"  {form:>6}: not possible: {why}" for form, why in self.impossible.items()]
+        return "\n".join([*lines, f"  estimated for {self.machine.name} ({self.machine.source})"])
+
+
+def explain(
+    layer: OFTLinear, tokens: int, *, gradient: bool | None = None, dtype: torch.dtype | None = None
+) -> Explanation:
+    """Tells which form of an adapted linear layer would run, and what each is estimated to cost.
+
+    Args:
+        layer (OFTLinear): a layer, such as ``model.get_submodule("model.layers.0.mlp.down_proj")`` of a wrapped model.
+        tokens (int): rows of the input, all leading dimensions together.
+        gradient (bool | None): whether a backward pass follows; as ``layer.training`` where ``None``.
+        dtype (torch.dtype | None): of the activations; that of the weight where ``None``, bfloat16 for a quantized one.
+
+    Returns:
+        Explanation: to print, or to look into.
+
+    Raises:
+        AdapterError: not an adapted linear layer, or a number of tokens below 0.
+    """
+    if not isinstance(layer, OFTLinear):
+        raise AdapterError(
+            f"explain takes an adapted linear layer (OFTLinear, QuantOFTLinear), not a {type(layer).__name__}"
+        )
+    if not isinstance(tokens, int) or tokens < 0:
+        raise AdapterError(f"explain: tokens={tokens!r} is not allowed: use a whole number from 0 up")
+    gradient = layer.training if gradient is None else gradient
+    weight_dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16
+    dtype = weight_dtype if dtype is None else dtype
+    possible = layer.forms(dtype, gradient=gradient)
+    problem = layer.problem(tokens, dtype, gradient=gradient)
+    on = machine(layer.weight.device)
+    form = layer.form or cheapest(problem, possible, on)
+    if form not in possible:
+        raise AdapterError(f"{layer.name}: form={form!r} is not possible here; possible: {', '.join(possible)}")
+    return Explanation(
+        layer=layer.name,
+        problem=problem,
+        machine=on,
+        form=form,
+        forced=layer.form is not None,
+        costs=costs(problem, possible, on),
+        impossible={other: _reason(layer, other, gradient) for other in DESCRIPTIONS if other not in possible},
+    )
+
+
+def _reason(layer: OFTLinear, form: str, gradient: bool) -> str:
+    """Why a form is not possible, in the order in which it is found out."""
+    if form == "fused" and gradient:
+        return "it has no backward pass"
+    if layer.weight.device.type != "cuda" and form == "fused":
+        return "it is a kernel for CUDA devices"
+    return (
+        "it wants a frozen, ordinary weight in the activations' dtype, without hooks or autocast (on a CPU, not in 16 "
+        f"bit); here, {type(layer.base_layer).__name__} with {layer.weight.dtype}"
+    )

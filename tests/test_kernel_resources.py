@@ -1,0 +1,194 @@
+"""Every Triton kernel compiles for three GPU generations as users launch it, without spills, and fits."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import subprocess
+import sys
+import types
+from importlib.metadata import version
+
+import pytest
+
+import kernel_resources
+from conftest import ROOT
+
+TOOL = ROOT / "benchmarks" / "kernel_resources.py"
+COMMITTED = ROOT / "benchmarks" / "results" / "kernel-resources.csv"
+# What must hold with every version of Triton; registers and the like may differ between versions.
+LASTING = ("case", "target", "kernel", "num_warps")
+
+# Kernels that are not as they should be, each in its own way, and one that is.
+BAD_CASES = """
+import torch, triton, triton.language as tl
+from kernel_cases import Case
+
+@triton.jit
+def product(x, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    at = i[:, None] * SIZE + i[None, :]
+    tile = tl.load(x + at)
+    tl.store(out + at, tl.dot(tile, tile))
+
+@triton.jit
+def pipelined(x, out, steps, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    at = i[:, None] * SIZE + i[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    for step in range(steps):
+        tile = x + step * SIZE * SIZE + at
+        total = tl.dot(tl.load(tile), tl.load(tile + SIZE), total)
+    tl.store(out + at, total)
+
+@triton.jit
+def copy(x, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, tl.load(x + i))
+
+def launch(kernel, size, dtype, **options):
+    def run(device):
+        x = torch.empty(size, size, dtype=dtype, device=device)
+        kernel[(1,)](x, torch.empty_like(x), SIZE=size, **options)
+    return run
+
+def refuse(device):
+    raise ValueError("no such block size")
+
+CASES = [
+    Case("good", launch(product, 64, torch.bfloat16)),
+    Case("spilling", launch(product, 128, torch.bfloat16, num_warps=1)),
+    Case("spilling in a loop", launch(pipelined, 128, torch.bfloat16, steps=100, num_stages=2, num_warps=2)),
+    Case("large", launch(pipelined, 64, torch.bfloat16, steps=100, num_stages=24)),
+    Case("plain", launch(copy, 128, torch.float32)),
+    Case("plain by design", launch(copy, 128, torch.float32), plain=("copy",)),
+    Case("idle", lambda device: None),
+    Case("refused", refuse),
+]
+"""
+
+
+def run_tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
+
+
+def read(path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """All cases for the three targets, compiled now and checked."""
+    out = tmp_path_factory.mktemp("resources") / "table"
+    done = run_tool("--check", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return read(out.with_suffix(".csv"))
+
+
+def test_every_case_compiles_fits_and_does_not_spill(fresh):
+    cases = {row["case"] for row in fresh}
+    assert len(cases) > 30
+    assert {(row["case"], row["target"]) for row in fresh} == {
+        (case, target) for case in cases for target in ("sm_80", "sm_90", "sm_100")
+    }
+    for row in fresh:
+        assert (int(row["spilled_bytes"]) <= 32, row["spills_in_loops"]) == (True, "0"), row
+        assert 0 < int(row["registers"]) <= 255, row
+        assert int(row["shared_bytes"]) <= 1024 * (163 if row["target"] == "sm_80" else 227), row
+
+
+def test_every_kernel_has_a_case(fresh):
+    launched = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        kernels = {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+            and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+        }
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        names = {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}
+        launched |= {f"{path.stem}.{name}" for name in names & kernels}
+    assert launched
+    assert {row["kernel"] for row in fresh} == launched
+
+
+def test_committed_table_is_this_one(fresh):
+    committed = read(COMMITTED)
+    made_with = json.loads(COMMITTED.with_suffix(".json").read_text())["versions"]["triton"]
+    again = f"python benchmarks/kernel_resources.py --out {COMMITTED.relative_to(ROOT).with_suffix('')}"
+    if made_with == version("triton"):
+        assert committed == fresh, again
+
+    def lasting(rows):
+        return [{**{key: row[key] for key in LASTING}, "plain": row["tensor_cores"] == "none"} for row in rows]
+
+    assert lasting(committed) == lasting(fresh), again
+
+
+def test_bad_kernels_are_found(tmp_path):
+    cases = tmp_path / "bad_cases.py"
+    cases.write_text(BAD_CASES)
+    # The interpreter would compile nothing: the tool is not to be misled by the variable that turns it on.
+    done = run_tool("--cases", cases, "--check", "--targets", 80, 90, "--out", tmp_path / "bad", TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    found = {line.partition(", sm_")[0].strip() for line in done.stderr.splitlines() if ", sm_" in line}
+    assert found == {"spilling", "spilling in a loop", "large", "plain", "idle", "refused"}, done.stderr
+    for line in [
+        "plain, sm_80, bad_cases.copy: no tensor-core instructions",
+        "idle, sm_90: launches no kernel",
+        "refused, sm_90: ValueError: no such block size",
+    ]:
+        assert f"  {line}\n" in done.stderr
+    rows = {(row["case"], row["target"]): row for row in read(tmp_path / "bad.csv")}
+    assert int(rows["spilling", "sm_90"]["spilled_bytes"]) > 100
+    assert int(rows["spilling in a loop", "sm_80"]["spills_in_loops"]) > 10
+    assert int(rows["large", "sm_80"]["shared_bytes"]) > 163 * 1024
+    assert rows["plain by design", "sm_80"]["tensor_cores"] == "none"
+    assert run_tool("--cases", cases, "--targets", 90).returncode == 0, "without --check it only reports"
+
+
+def test_launchers_see_what_they_would_on_the_target():
+    """Its multiprocessors; and from tensors without memory comes the same kernel as from ordinary ones."""
+    program = """
+import kernel_cases, kernel_resources
+from oftv2.kernels import rotate
+
+asked = []
+kernel_resources.compile_launches(lambda device: asked.append(rotate.multiprocessors(device)), 80)
+assert asked == [108], "launchers are to see the target's multiprocessors, not a default"
+for name in ("rotate forward bf16 b=32", "cayley backward b=16"):
+    case = next(case for case in kernel_cases.CASES if case.name == name)
+    meta, real = (kernel_resources.compile_launches(case.launch, 90, device) for device in ("meta", "cpu"))
+    assert [kernel.hash for _, kernel in meta] == [kernel.hash for _, kernel in real] != []
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": str(TOOL.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--only", "no such case"], "matches no case"), (["--targets", "75"], "invalid choice: 75")],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    done = run_tool(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_missing_disassembler_is_said(monkeypatch):
+    monkeypatch.setattr(kernel_resources.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace())
+    with pytest.raises(SystemExit, match="cuobjdump is neither"):
+        kernel_resources.find_cuobjdump()
