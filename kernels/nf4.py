@@ -210,8 +210,7 @@ def storage(
     nested: tuple[Tensor, Tensor, Tensor, int] | None,
     whole: bool = True,
 ) -> Storage:
-    """Chooses between 32-bit words with one ``absmax`` a row and block, and single nibbles: for odd layouts, and where
-    the columns of a tile do not follow each other (``whole`` is False)."""
+    """Chooses 32-bit words with one ``absmax`` a row and block, or single nibbles: odd layouts, tiles not ``whole``."""
     flat = packed.reshape(-1).view(torch.uint8)
     aligned = whole and d % blocksize == 0 and flat.storage_offset() % 4 == 0
     more = Nested(*nested) if nested else Nested(absmax, absmax, absmax, 0)  # not looked at where there is none
@@ -221,8 +220,7 @@ def storage(
 
 def supports(dtype: torch.dtype, block_size: int) -> bool:
     """Whether the kernel rotates weights of this type in such blocks; registers run out for wide blocks in float32."""
-    widest = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}.get(dtype, 0)
-    return tile_size(block_size) <= widest
+    return tile_size(block_size) <= {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}.get(dtype, 0)
 
 
 @dataclass(frozen=True)
