@@ -54,7 +54,7 @@ class OFTLinear(OFTLayer):
 
     def call_in_form(self, form: str, x: Tensor) -> Tensor:
         """The layer's output in one of the forms that do not call the base layer."""
-        return F.oft_linear(x, self.delta(), self.weight, self.bias, form=form)
+        return F.oft_linear(x, self.delta(x.dtype), self.weight, self.bias, form=form)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; RuntimeError where it lets no gradient through."""

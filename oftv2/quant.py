@@ -90,7 +90,7 @@ class QuantOFTLinear(OFTLinear):
     def call_in_form(self, form: str, x: Tensor) -> Tensor:
         operator = torch.ops.oftv2.weight_form_4bit if form == WEIGHT else torch.ops.oftv2.rotate_matmul_4bit
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return operator(x, self.delta(), bias, *_weight_4bit(self.base_layer))
+        return operator(x, self.delta(x.dtype), bias, *_weight_4bit(self.base_layer))
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         return self._dequantized(delta, torch.float32)

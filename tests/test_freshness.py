@@ -209,3 +209,15 @@ class TestDtypes:
         assert isinstance(model[0], OFTEmbedding)
         ids = torch.tensor([1, 2])
         assert torch.equal(model(ids), model[1].base_layer(model[0].base_layer(ids)))
+
+
+def test_a_kept_rotation_in_16_bit_is_as_fresh_as_the_one_it_is_made_from(layer):
+    """Kernels for few tokens read Δ in the activations' dtype; it is cast once."""
+    with torch.no_grad():
+        first = layer.delta(torch.bfloat16)
+        assert first.dtype == torch.bfloat16
+        assert torch.equal(first, layer.delta().bfloat16())
+        assert layer.delta(torch.bfloat16) is first
+        layer.generators["default"].requires_grad_(False).mul_(2)
+        assert torch.equal(layer.delta(torch.bfloat16), layer.delta().bfloat16())
+        assert not torch.equal(layer.delta(torch.bfloat16), first)
