@@ -121,7 +121,7 @@ def rotate_cases() -> Iterator[Case]:
 def matmul(dtype: torch.dtype, b: int, tokens: int, bias: bool, device: torch.device) -> object:
     weight = torch.empty(FEATURES, FEATURES // b * b, dtype=dtype, device=device)
     biases = torch.empty(FEATURES, dtype=dtype, device=device) if bias else None
-    return rotate_matmul.rotate_matmul(activations(dtype, b, tokens, device), delta(b, device), weight, biases)
+    return rotate_matmul.rotate_matmul(activations(dtype, b, tokens, device), delta(b, device).to(dtype), weight, biases)
 
 
 def matmul_cases() -> Iterator[Case]:
@@ -171,12 +171,12 @@ def dequantize(dtype: torch.dtype, b: int, double: bool, device: torch.device) -
 def matmul_4bit(dtype: torch.dtype, b: int, tokens: int, double: bool, device: torch.device) -> object:
     x = activations(dtype, b, tokens, device)
     weight, nested = quantized(x.shape[1], double, device)
-    return nf4_matmul.rotate_matmul_4bit(x, delta(b, device), *weight, nested=nested)
+    return nf4_matmul.rotate_matmul_4bit(x, delta(b, device).to(dtype), *weight, nested=nested)
 
 
 def nf4_cases() -> Iterator[Case]:
     for dtype, b, double in [
-        *((BF16, b, True) for b in BLOCK_SIZES if b <= nf4.MAX_BLOCK_SIZE),
+        *((BF16, b, True) for b in BLOCK_SIZES if nf4.supports(BF16, b)),
         *((FP32, b, True) for b in (32, 64)),
         (BF16, 32, False),
         (BF16, 24, True),

@@ -96,7 +96,7 @@ def test_every_case_compiles_fits_and_does_not_spill(fresh):
         (case, target) for case in cases for target in ("sm_80", "sm_90", "sm_100")
     }
     for row in fresh:
-        assert (int(row["spilled_bytes"]) <= 32, row["spills_in_loops"]) == (True, "0"), row
+        assert row["spilled_bytes"] == "0", row
         assert 0 < int(row["registers"]) <= 255, row
         assert int(row["shared_bytes"]) <= 1024 * (163 if row["target"] == "sm_80" else 227), row
 
