@@ -141,9 +141,10 @@ def _dequantize_hqq(module: Any) -> Tensor:
 
 
 def _requantize_hqq(module: Any, weight: Tensor) -> nn.Module:
+    settings = {**copy.deepcopy(module.quant_config), "offload_meta": module.offload_meta}  # which HQQ takes out
     return type(module)(
         _plain(module, weight, module.compute_dtype),
-        copy.deepcopy(module.quant_config),
+        settings,
         compute_dtype=module.compute_dtype,
         device=module.device,
     )

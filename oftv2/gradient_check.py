@@ -33,8 +33,8 @@ def check_gradients(layers: Mapping[str, nn.Module]) -> None:
 def blocks_gradient(module: nn.Module) -> str | None:
     """Why a layer lets no gradient through to its input, or None where it does, or cannot be tried out here.
 
-    What its class does not tell is tried out, on one row in training mode: rounding without a straight-through
-    gradient leaves none, or one for the few inputs that set a scale.
+    What its class does not tell is tried out on one row, in training mode: rounding without a straight-through
+    gradient leaves none, or only one for the few inputs that set a scale.
     """
     backend = find_backend(module)
     if backend is not None and (reason := backend.blocks_gradient(module)):
@@ -45,21 +45,24 @@ def blocks_gradient(module: nn.Module) -> str | None:
     if not tensors or any(tensor.is_meta for tensor in tensors):
         return None
     features: Any = module.in_features
-    row = torch.randn(1, features, generator=torch.Generator().manual_seed(0))
-    rows = torch.cat([row, torch.zeros_like(row)]).to(tensors[0].device, _activation_dtype(module))
+    rows = torch.zeros(1, 2, features)
+    rows[0, 0].normal_(generator=torch.Generator().manual_seed(0))
     training = module.training
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            x = rows.clone().requires_grad_()
+            x = rows.to(tensors[0].device, _activation_dtype(module)).requires_grad_()
             y = module.train()(x)
-            if torch.equal(y[0], y[1]):  # a weight of zeros: there is nothing to tell
-                return None
-            gradient = torch.autograd.grad(y[0].sum(), x, allow_unused=True)[0] if y.requires_grad else None
     except Exception:  # a layer that does not run here says so itself in the first forward pass, in its own words
         return None
     finally:
         module.train(training)
-    if gradient is None or 2 * int(gradient[0].count_nonzero()) < gradient.shape[1]:
+    if torch.equal(y[0, 0], y[0, 1]):  # a weight of zeros: there is nothing to tell
+        return None
+    try:
+        gradient = torch.autograd.grad(y[0, 0].sum(), x, allow_unused=True)[0] if y.requires_grad else None
+    except Exception as error:
+        return f"its backward pass fails ({error})"
+    if gradient is None or 2 * int(gradient[0, 0].count_nonzero()) < features:
         return "its output carries no gradient to its input, as where activations are rounded"
     return None
 

@@ -40,6 +40,11 @@ class QuantOFTLinear(OFTLinear):
         self._prepared = {} if backend is None else backend.prepare(base_layer)
         self.requantization_error: float | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "quantization_scheme":  # compressed-tensors would decompress this layer beside its base layer
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.dim() in (2, 3):  # LLM.int8 takes no others
             return super().forward(x, *args, **kwargs)
