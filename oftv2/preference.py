@@ -55,7 +55,7 @@ class ReferenceModel(nn.Module):
             return super().__getattr__(name)
         return getattr(self.policy, name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's: TRL hashes it to know for which model it kept log-probabilities."""
         return self.policy.state_dict(*args, **kwargs)
 
@@ -126,4 +126,4 @@ def serve_trl() -> None:
         original(*bound.args, **bound.kwargs)
 
     __init__._oftv2 = True  # type: ignore[attr-defined]
-    DPOTrainer.__init__ = __init__
+    DPOTrainer.__init__ = __init__  # type: ignore[method-assign]

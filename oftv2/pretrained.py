@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .adapter_file import write_atomically
 from .errors import AdapterError
+from .hub import push_adapter, upload_adapter
+from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
 from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
@@ -38,18 +40,16 @@ class WrappedPreTrainedModel:
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> None:
         """Writes the adapter as :func:`oftv2.save_adapter` does, and once more for ``Trainer`` to resume from.
 
         Raises:
-            AdapterError: see :func:`oftv2.save_adapter`; and for ``push_to_hub=True``.
+            AdapterError: see :func:`oftv2.save_adapter`.
         """
         from .serialization import save_adapter  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
-        if push_to_hub:
-            raise AdapterError("push_to_hub=True is not supported: save_adapter into a folder and upload that")
         if not is_main_process:
             return
         folder = save_adapter(self, save_directory)
@@ -60,6 +60,12 @@ class WrappedPreTrainedModel:
             if name in names
         }
         write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        if push_to_hub:
+            upload_adapter(folder, options.get("repo_id") or folder.name, **_hub_options(options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Uploads the adapter and its model card to the Hub, with the arguments that transformers' own method takes."""
+        return push_adapter(self, repo_id, **_hub_options(options))  # type: ignore[arg-type]
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
@@ -124,8 +130,8 @@ class AdapterConfigs(dict[str, dict[str, Any]]):
     def __setitem__(self, name: str, config: Any) -> None:
         kind = type(config).__name__
         raise AdapterError(
-            f"this {self._model} is wrapped by oftv2, and peft would put its adapter ({kind}) inside those layers: leave "
-            "peft_config out of the trainer (or do not call get_peft_model), or call merge(model) or "
+            f"this {self._model} is wrapped by oftv2, and peft would put its adapter ({kind}) inside those layers: "
+            "leave peft_config out of the trainer (or do not call get_peft_model), or call merge(model) or "
             "unwrap_model(model) first"
         )
 
@@ -141,6 +147,12 @@ def train_adapter(model: nn.Module) -> None:
         layer.generators[state.active].requires_grad_(True)
     for name in state.originals[state.active]:
         plain_parameter(model, name).requires_grad_(True)
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of transformers' options that concern an upload, and not how large a model is split into files."""
+    names = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
+    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -162,6 +174,8 @@ def present(model: nn.Module) -> None:
         restore_float32(model)
         watch_head(model)
         serve_trl()
+        tags: Any = getattr(model, "model_tags", None)
+        vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
 
 
 def unpresent(model: nn.Module) -> None:
@@ -170,6 +184,8 @@ def unpresent(model: nn.Module) -> None:
         model.__class__ = type(model).__mro__[2]
         forget_float32(model)
         unwatch_head(model)
+        tags = [tag for tag in vars(model).get("model_tags") or () if tag not in TAGS]
+        vars(model)["model_tags"] = tags or None
 
 
 def forget_quantization(model: nn.Module) -> None:
