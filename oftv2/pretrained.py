@@ -89,9 +89,18 @@ class WrappedPreTrainedModel:
         restore_float32(self)  # type: ignore[arg-type]
         return super().train(mode)  # type: ignore[misc]
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ever; but bitsandbytes saves the scales of a 4-bit weight beside it, and does not load them again.
+
+        The frozen base has them already, so accelerate's saved states, which hold the whole model, fit.
+        """
         restore_float32(self)  # type: ignore[arg-type]
-        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        scales = [
+            key for key in state_dict if ".weight." in key and key.rpartition(".weight.")[0] + ".weight" in state_dict
+        ]
+        if scales:
+            state_dict = {key: value for key, value in state_dict.items() if key not in set(scales)}
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
     def enable_input_require_grads(self) -> None:
         """Called by whoever turns gradient checkpointing on.
