@@ -9,6 +9,7 @@ from .errors import AdapterError, RequantizationWarning, StabilityWarning
 from .explain import Explanation, explain
 from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
+from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
 from .serialization import load_adapter, save_adapter
 from .wrap import unwrap_model, wrap_model
@@ -26,6 +27,7 @@ __all__ = [
     "OFTLayer",
     "OFTLinear",
     "QuantOFTLinear",
+    "ReferenceModel",
     "RequantizationWarning",
     "StabilityWarning",
     "diagnostics",
@@ -35,6 +37,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "print_trainable_parameters",
+    "reference_model",
     "save_adapter",
     "unmerge",
     "unwrap_model",

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from .adapter_file import write_atomically
 from .errors import AdapterError
-from .state import get_state, plain_name
+from .hub import push_adapter, upload_adapter
+from .model_card import TAGS
+from .output_head import unwatch_head, watch_head
+from .precision import ATTRIBUTE as FLOAT32
+from .precision import forget_float32, restore_float32
+from .preference import serve_trl
+from .state import get_state, oft_layers, plain_name, plain_parameter
 
 CHECKPOINT_FILE = "model.safetensors"
 
@@ -34,18 +40,16 @@ class WrappedPreTrainedModel:
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> None:
         """Writes the adapter as :func:`oftv2.save_adapter` does, and once more for ``Trainer`` to resume from.
 
         Raises:
-            AdapterError: see :func:`oftv2.save_adapter`; and for ``push_to_hub=True``.
+            AdapterError: see :func:`oftv2.save_adapter`.
         """
         from .serialization import save_adapter  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
-        if push_to_hub:
-            raise AdapterError("push_to_hub=True is not supported: save_adapter into a folder and upload that")
         if not is_main_process:
             return
         folder = save_adapter(self, save_directory)
@@ -56,6 +60,12 @@ class WrappedPreTrainedModel:
             if name in names
         }
         write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        if push_to_hub:
+            upload_adapter(folder, options.get("repo_id") or folder.name, **_hub_options(options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Uploads the adapter and its model card to the Hub, with the arguments that transformers' own method takes."""
+        return push_adapter(self, repo_id, **_hub_options(options))  # type: ignore[arg-type]
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
@@ -64,9 +74,98 @@ class WrappedPreTrainedModel:
         trained = set(trained_keys(self))
         return [name for name in self.state_dict() if name not in trained]
 
+    @property
+    def peft_config(self) -> AdapterConfigs:
+        """The adapters by name, as trackers such as wandb log them, and as peft asks before it adds its own."""
+        assert isinstance(self, nn.Module)
+        state = get_state(self)
+        return AdapterConfigs(type(self).__name__, {name: config.to_dict() for name, config in state.configs.items()})
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """transformers' way to add an adapter of peft's: refused."""
+        self.peft_config[adapter_name or "default"] = adapter_config
+
+    def train(self, mode: bool = True) -> Any:
+        restore_float32(self)  # type: ignore[arg-type]
+        return super().train(mode)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ever; but bitsandbytes saves the scales of a 4-bit weight beside it, and does not load them again.
+
+        The frozen base has them already, so accelerate's saved states, which hold the whole model, fit.
+        """
+        restore_float32(self)  # type: ignore[arg-type]
+        scales = [
+            key for key in state_dict if ".weight." in key and key.rpartition(".weight.")[0] + ".weight" in state_dict
+        ]
+        if scales:
+            state_dict = {key: value for key, value in state_dict.items() if key not in set(scales)}
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
+    def enable_input_require_grads(self) -> None:
+        """Called by whoever turns gradient checkpointing on.
+
+        If nothing trains by then, everything was frozen after the model had been wrapped, which is what peft's
+        ``prepare_model_for_kbit_training`` does: the adapter goes on training.
+        """
+        assert isinstance(self, nn.Module)
+        restore_float32(self)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            train_adapter(self)
+        super().enable_input_require_grads()  # type: ignore[misc]
+        handles = getattr(self, "_require_grads_hooks", None) or [getattr(self, "_require_grads_hook", None)]
+        for handle in handles:
+            if handle is not None:  # transformers' own are local functions, which cannot be pickled
+                handle.hooks_dict_ref()[handle.id] = _require_grad
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """The class exists only in this process: pickle the one it was made from."""
-        return _new, (type(self).__mro__[2],), self.__dict__
+        """The class exists only in this process: pickle the one it was made from.
+
+        So does a ``forward`` that a trainer put on the model: TRL's and accelerate's are local functions.
+        """
+        left_out = {FLOAT32}
+        if "<locals>" in getattr(self.__dict__.get("forward"), "__qualname__", ""):
+            left_out |= {"forward", "_original_forward"}
+        return _new, (type(self).__mro__[2],), {k: v for k, v in self.__dict__.items() if k not in left_out}
+
+
+class AdapterConfigs(dict[str, dict[str, Any]]):
+    """Configurations by adapter name. Adding one is what peft does first of all, before it changes a model."""
+
+    def __init__(self, model: str, configs: dict[str, dict[str, Any]]) -> None:
+        super().__init__(configs)
+        self._model = model
+
+    def __setitem__(self, name: str, config: Any) -> None:
+        kind = type(config).__name__
+        raise AdapterError(
+            f"this {self._model} is wrapped by oftv2, and peft would put its adapter ({kind}) inside those layers: "
+            "leave peft_config out of the trainer (or do not call get_peft_model), or call merge(model) or "
+            "unwrap_model(model) first"
+        )
+
+    def update(self, configs: Any) -> None:  # type: ignore[override]
+        for name, config in configs.items():
+            self[name] = config
+
+
+def train_adapter(model: nn.Module) -> None:
+    """Has the active adapter's parameters train, its fully trained ones too."""
+    state = get_state(model)
+    for _, layer in oft_layers(model):
+        layer.generators[state.active].requires_grad_(True)
+    for name in state.originals[state.active]:
+        plain_parameter(model, name).requires_grad_(True)
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of transformers' options that concern an upload, and not how large a model is split into files."""
+    names = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def trained_keys(model: nn.Module) -> list[str]:
@@ -81,12 +180,21 @@ def present(model: nn.Module) -> None:
     classes = type(model).__mro__
     if any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes):
         model.__class__ = _wrapped_class(type(model))
+        restore_float32(model)
+        watch_head(model)
+        serve_trl()
+        tags: Any = getattr(model, "model_tags", None)
+        vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
 
 
 def unpresent(model: nn.Module) -> None:
     """Back to the class it had."""
     if isinstance(model, WrappedPreTrainedModel):
         model.__class__ = type(model).__mro__[2]
+        forget_float32(model)
+        unwatch_head(model)
+        tags = [tag for tag in vars(model).get("model_tags") or () if tag not in TAGS]
+        vars(model)["model_tags"] = tags or None
 
 
 def forget_quantization(model: nn.Module) -> None:

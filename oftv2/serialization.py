@@ -24,6 +24,7 @@ from .adapter_file import (
 from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, describe_base
 from .errors import AdapterError
+from .model_card import write_card
 from .rotation import Rotation
 from .state import find_state, get_state, oft_layers, plain_parameter
 from .targets import Target, layer_class_for
@@ -33,7 +34,8 @@ _MAX_LISTED = 12
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
-    """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``, which is made if needed.
+    """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``, which is made if needed, and a
+    model card beside them, unless there is one that was edited.
 
     The safetensors file holds everything, the configuration too, and replaces an older one in a single step: whoever
     stops the program at any moment finds the old adapter or the new one. The JSON beside it is for people and tools.
@@ -83,6 +85,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, adapter_na
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / TENSORS_FILE, data)
     write_atomically(target / CONFIG_FILE, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_card(target, manifest)
     return target
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from oftv2 import AdapterError, load_adapter, save_adapter, wrap_model
 
-FILES = ["adapter_config.json", "adapter_model.safetensors"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 VECTORS = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
 
 # Saves the adapter "new" over a copy of "old" again and again, killed by SIGKILL at the n-th file system call: before
@@ -127,7 +127,7 @@ def test_a_killed_writer_leaves_the_old_adapter_or_the_new_one(saved):
         try:
             assert torch.equal(answer(folder), new), folder.name
         except AdapterError:  # no adapter yet
-            assert not (folder / FILES[1]).exists()
+            assert not (folder / FILES[2]).exists()
 
     model = load_adapter(build(), work / "old")
     killed = [folder for folder in sorted(work.iterdir()) if folder.is_dir() and "-stop_" in folder.name]
@@ -177,9 +177,9 @@ def test_an_error_at_any_call_leaves_the_old_adapter_or_the_new_one(saved):
     work, old, new = saved
     calls = {"open", "write", "flush", "fsync", "replace", "unlink", "close"}
     model = load_adapter(build(), work / "new")
-    before = (work / "old" / FILES[1]).read_bytes()
+    before = (work / "old" / FILES[2]).read_bytes()
     for n in range(200):
-        (work / "old" / FILES[1]).write_bytes(before)
+        (work / "old" / FILES[2]).write_bytes(before)
         remaining = [n]
 
         def watch(frame, event, function, remaining=remaining):
@@ -233,4 +233,4 @@ def test_two_processes_may_save_into_one_folder_at_once(saved, monkeypatch):
     assert nested
     assert sorted(os.listdir(work / "old")) == FILES
     assert torch.equal(answer(work / "old"), new)
-    json.loads((work / "old" / FILES[0]).read_text())
+    json.loads((work / "old" / FILES[1]).read_text())

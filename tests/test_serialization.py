@@ -231,7 +231,8 @@ def test_the_files_hold_the_adapter_and_nothing_else(tmp_path):
     model = wrap_model(build(linear), block_size=32, adjust_block_size=True, modules_to_save=("4",))
     folder = save_adapter(perturb(model), str(tmp_path / "new" / "folder"))
     assert isinstance(folder, pathlib.Path)
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == files
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {
         "base_model.model.0.oft_R.weight": (1, 32 * 31 // 2),

@@ -1,0 +1,90 @@
+"""The README.md beside an adapter: what it is, on which base model, and how to load it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .adapter_file import write_atomically
+
+CARD_FILE = "README.md"
+LIBRARY = "oftv2"
+TAGS = ("oftv2", "oft", "orthogonal-finetuning")
+_MARK = re.compile(r"<!-- oftv2 wrote this card \((\w+)\); once edited, it is kept as it is -->\n")
+
+
+def write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the card of the adapter that ``manifest`` describes, unless there is one that somebody wrote or edited.
+
+    Args:
+        folder (Path): where the adapter is.
+        manifest (dict): what is saved as the adapter's description.
+    """
+    path = folder / CARD_FILE
+    if path.exists() and not _is_untouched(path.read_text(encoding="utf-8")):
+        return
+    card = _card(manifest)
+    mark = f"<!-- oftv2 wrote this card ({_digest(card)}); once edited, it is kept as it is -->\n"
+    write_atomically(path, (card + mark).encode())
+
+
+def _is_untouched(text: str) -> bool:
+    mark = _MARK.search(text)
+    return mark is not None and mark[1] == _digest(_MARK.sub("", text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    base, config = manifest["base"], manifest["config"]
+    name = base["name_or_path"]
+    on_hub = bool(name) and not os.path.exists(name)
+    metadata = [
+        f"library_name: {LIBRARY}",
+        *([f"base_model: {name}", "base_model_relation: adapter"] if on_hub else []),
+    ]
+    metadata += ["tags:", *(f"- {tag}" for tag in TAGS)]
+    shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"a `{base['class']}`"
+    source = name if on_hub else "path/to/the/base/model"
+    sizes = sorted(set(manifest["block_sizes"].values()))
+    rows = {
+        "adapted layers": len(manifest["block_sizes"]),
+        "block sizes": ", ".join(map(str, sizes)),
+        "parameters trained in full": len(manifest["trained_parameters"]),
+        **{f"`{field}`": f"`{value!r}`".replace("|", "\\|") for field, value in config.items()},
+    }
+    table = "\n".join(f"| {field} | {value} |" for field, value in rows.items())
+    header = "\n".join(metadata)
+    return f"""---
+{header}
+---
+
+# OFT adapter
+
+An orthogonal finetuning adapter (OFTv2 / QOFT, [arXiv 2506.19847](https://arxiv.org/abs/2506.19847)) for {shown}: a
+trainable rotation in front of frozen linear layers. It was made with `oftv2`.
+
+## How to load it
+
+```python
+import oftv2
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{source}")  # or quantized
+oftv2.load_adapter(model, snapshot_download("user/name-of-this-repository"))  # or a local folder
+oftv2.merge(model)  # optional: a plain model again, without any overhead
+```
+
+## Configuration
+
+| | |
+|---|---|
+{table}
+
+"""

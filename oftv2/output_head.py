@@ -1,0 +1,56 @@
+"""An adapter on the output head trains only if the head is called.
+
+TRL's losses, Liger's, and others that never build the logits multiply by ``lm_head.weight`` themselves: past the
+rotation, which would then get no gradient, silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import OFTLayer
+from .errors import AdapterError
+
+
+class HeadWatch:
+    """Hooks on a model and on its adapted output head, which find a training step that goes past the head."""
+
+    def __init__(self, head: OFTLayer) -> None:
+        self.head = head
+        self.called = True
+
+    def start(self, module: nn.Module, args: Any) -> None:
+        self.called = torch.compiler.is_compiling()
+
+    def note(self, module: nn.Module, args: Any) -> None:
+        self.called = True
+
+    def check(self, module: nn.Module, args: Any, output: Any) -> None:
+        head = self.head
+        trains = head.rotating and module.training and torch.is_grad_enabled()
+        if trains and not self.called and head.generators[head.active].requires_grad:
+            raise AdapterError(
+                f"{head.name}: this training step reads the output head's weight itself instead of calling the head, "
+                "as TRL's trainers and fused losses do, so its adapter would never train. Leave it out with "
+                f"exclude_modules=[{head.name!r}], or train the head in full with modules_to_save=[{head.name!r}]"
+            )
+
+
+def watch_head(model: Any) -> None:
+    """Puts the hooks on a transformers model, if its output head is adapted."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, OFTLayer):
+        watch = HeadWatch(head)
+        model.register_forward_pre_hook(watch.start)
+        head.register_forward_pre_hook(watch.note)
+        model.register_forward_hook(watch.check)
+
+
+def unwatch_head(model: nn.Module) -> None:
+    """Takes them off the model; those on the head go with it."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), HeadWatch)]:
+            del hooks[key]

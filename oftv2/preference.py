@@ -1,0 +1,129 @@
+"""The reference model of preference training (DPO and its like): the policy itself, without what it is learning.
+
+TRL's ``DPOTrainer`` would load the whole base model a second time, and not quantized at that, unless the policy is a
+``PeftModel`` or it is given a reference. A wrapped model is therefore given one by itself, as long as TRL is imported
+before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so many words.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .state import find_state, get_state, oft_layers, plain_parameter
+
+
+class ReferenceModel(nn.Module):
+    """A view of a wrapped model as it was when the view was made; it has no parameters of its own.
+
+    A fresh adapter is switched off for the time of a call, which costs nothing. Of an adapter that has learned
+    something already, such as from supervised finetuning, the generators (and ``modules_to_save``) are copied, and
+    stand in for the policy's during a call.
+
+    Args:
+        policy (nn.Module): a wrapped model.
+
+    Raises:
+        AdapterError: the model is not wrapped.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["policy"] = policy  # no submodule: its parameters are the policy's, its mode too
+        state = get_state(policy)
+        originals = {plain_parameter(policy, name): value for name, value in state.originals[state.active].items()}
+        generators = [layer.generators[state.active] for _, layer in oft_layers(policy)]
+        fresh = not any(generator.any() for generator in generators)
+        fresh = fresh and all(value.equal(parameter.to(value)) for parameter, value in originals.items())
+        trained = [] if fresh else [*generators, *originals]
+        self.__dict__["start"] = [(parameter, parameter.detach().clone()) for parameter in trained]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The policy's own call, whatever ``forward`` a trainer puts on the view: it puts the same on the policy."""
+        with self._as_at_the_start():
+            return self.policy(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        return getattr(self.policy, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The policy's: TRL hashes it to know for which model it kept log-probabilities."""
+        return self.policy.state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _as_at_the_start(self) -> Iterator[None]:
+        from .adapter import disable_adapter  # which imports wrap, which imports pretrained, which imports this
+
+        if not self.start:
+            with disable_adapter(self.policy):
+                yield
+            return
+        layers = [layer for _, layer in oft_layers(self.policy)]
+        modes = [layer.training for layer in layers]
+        now = [parameter.data for parameter, _ in self.start]
+        try:
+            _set_data(self.start)
+            for layer in layers:
+                layer.training = False  # no dropout of blocks
+            yield
+        finally:
+            _set_data(zip((parameter for parameter, _ in self.start), now, strict=True))
+            for layer, mode in zip(layers, modes, strict=True):
+                layer.training = mode
+
+
+def _set_data(pairs: Any) -> None:
+    parameter: nn.Parameter
+    value: Tensor
+    for parameter, value in pairs:
+        parameter.data = value.to(parameter.device)
+
+
+def reference_model(model: nn.Module) -> ReferenceModel:
+    """The ``ref_model`` for a preference trainer: ``model`` as it is now, without a second copy of its weights.
+
+    Args:
+        model (nn.Module): a wrapped model.
+
+    Raises:
+        AdapterError: the model is not wrapped.
+    """
+    return ReferenceModel(model)
+
+
+def serve_trl() -> None:
+    """Lets TRL's ``DPOTrainer``, if TRL is imported, take :func:`reference_model` where it is given no reference."""
+    if "trl" not in sys.modules:
+        return
+    from trl import DPOTrainer
+
+    original = DPOTrainer.__init__
+    if hasattr(original, "_oftv2"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N807
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        model = given.get("model")
+        if isinstance(model, nn.Module) and find_state(model) and not given.get("ref_model"):
+            if getattr(given.get("args"), "sync_ref_model", False):
+                raise AdapterError(
+                    "sync_ref_model=True would copy the policy over its reference, and with an adapter these are one "
+                    "model: use sync_ref_model=False, or pass a ref_model of its own"
+                )
+            given["ref_model"] = reference_model(model)
+        original(*bound.args, **bound.kwargs)
+
+    __init__._oftv2 = True  # type: ignore[attr-defined]
+    DPOTrainer.__init__ = __init__  # type: ignore[method-assign]
