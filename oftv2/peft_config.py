@@ -34,7 +34,7 @@ _WITHOUT_MEANING = (
 _SAME = ("target_modules", "exclude_modules", "modules_to_save", "bias", "block_share", "layers_pattern")
 _DEFAULT_TERMS = 5
 _DEFAULT_EPS = 6e-5
-PEFT_BLOCK_SIZE = 32
+_DEFAULT_BLOCK_SIZE = 32
 
 
 def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,8 @@ def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{', '.join(sorted(unknown))}: not known of PEFT's OFT; a newer PEFT than this library knows")
     if values.get("target_modules") is None:
         raise ValueError('target_modules is None, which leaves the choice to PEFT: name them, or use "all-linear"')
-    given = {"oft_block_size": 0 if values.get("r") else PEFT_BLOCK_SIZE, **values}
+    size = 0 if values.get("r") else _DEFAULT_BLOCK_SIZE
+    given = {"oft_block_size": size, "num_cayley_neumann_terms": _DEFAULT_TERMS, **values}
     fields = renamed({name: value for name, value in given.items() if name in (*_SAME, *ALIASES)})
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         if isinstance(fields.get(name), (set, frozenset, list)):
