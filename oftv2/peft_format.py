@@ -7,7 +7,6 @@ for two cases: PEFT's exact transform is the transpose, which negated generators
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +19,14 @@ from .conv import OFTConv2d
 from .functional import effective_generators
 from .layers import OFTEmbedding, is_conv1d
 from .peft_config import to_peft
+from .peft_names import base_description, module_names, trained_tensors
 from .rotation import Rotation
-from .state import get_state, oft_layers, plain_name, plain_parameter
-from .targets import saved_modules
+from .state import get_state, oft_layers, plain_name
 
 EMBEDDING_GENERATORS = ".oft_embedding_R.weight"
 UNSCALED = ".oftv2_generators"
 # The first PEFT whose series is this one; from it on, PEFT notes its version in the file.
 _PEFT_VERSION = "0.18.0"
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class PeftLayout:
 
 def peft_layout(model: nn.Module, name: str) -> PeftLayout:
     """The adapter ``name`` of a wrapped model in PEFT's layout, with everything that PEFT cannot express."""
-    state = get_state(model)
-    config, trained = state.configs[name], tuple(state.originals[name])
+    config = get_state(model).configs[name]
     layers = dict(oft_layers(model))
     problems: list[str] = []
     series = to_peft(config.parametrization, config.neumann_terms)
@@ -63,15 +60,10 @@ def peft_layout(model: nn.Module, name: str) -> PeftLayout:
             "block sizes that differ from layer to layer: PEFT has one oft_block_size or one r for all layers; use one "
             "block_size that divides every layer, without block_size_pattern"
         )
-    plain = _plain_modules(model)
-    tops = [top for top in saved_modules(model, config) if any(p.startswith(top + ".") for p in trained)]
-    problems += _saved_problems(model, tops)
-    saved = _saved_names(plain, tops, config, list(layers))
-    if saved is None:
-        problems.append(f"modules_to_save: no names by which PEFT would find {', '.join(tops)} and nothing else")
+    targets, saved, wrong = module_names(model, name)
+    problems += wrong
     description = {
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": config.bias,
         "block_share": config.block_share,
         "coft": config.constraint is not None,
@@ -87,15 +79,15 @@ def peft_layout(model: nn.Module, name: str) -> PeftLayout:
         "peft_type": "OFT",
         "peft_version": _PEFT_VERSION,
         "revision": None,
-        "target_modules": _target_modules(plain, list(layers)),
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "target_modules": targets,
+        **base_description(model),
         **(sizes or {}),
         **(series or {}),
     }
-    return PeftLayout(tuple(problems), description, _tensors(model, name, layers, trained))
+    return PeftLayout(tuple(problems), description, _tensors(model, name, layers))
 
 
-def _tensors(model: nn.Module, name: str, layers: dict[str, OFTLayer], trained: tuple[str, ...]) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, name: str, layers: dict[str, OFTLayer]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         rotation, generators = layer.rotations[name], layer.generators[name].detach()
@@ -104,10 +96,7 @@ def _tensors(model: nn.Module, name: str, layers: dict[str, OFTLayer], trained: 
         tensors[PREFIX + path + suffix] = -scaled if rotation.parametrization == "cayley" else scaled
         if rotation.scale:
             tensors[PREFIX + path + UNSCALED] = generators
-    for parameter in trained:
-        parent, _, leaf = parameter.rpartition(".")
-        key = f"{parent}.base_layer.{leaf}" if parent in layers else parameter
-        tensors[PREFIX + key] = plain_parameter(model, parameter)
+    tensors |= trained_tensors(model, name)
     return tensors
 
 
@@ -176,57 +165,3 @@ def _divisor(features: int, asked: int) -> int:
     lower = next(n for n in range(asked, 0, -1) if features % n == 0)
     higher = next(n for n in range(asked, features + 1) if features % n == 0)
     return lower if asked - lower <= higher - asked else higher
-
-
-# ---------------------------------------------------------------------------------------- names, as PEFT matches them
-
-
-def _plain_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules of the model under the adapter."""
-    names, inside = [], None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = name + "." if isinstance(module, OFTLayer) else None
-        names.append(name)
-    return [name for name in names if name]
-
-
-def _target_modules(names: list[str], layers: list[str]) -> list[str] | str:
-    """The shortest list of names, or else the regular expression, that PEFT matches with these layers and no others."""
-    for wanted in (sorted({layer.rpartition(".")[2] for layer in layers}), layers):
-        ends = tuple("." + entry for entry in wanted)
-        if {name for name in names if name in wanted or name.endswith(ends)} == set(layers):
-            return wanted
-    return "|".join(re.escape(layer) for layer in layers)
-
-
-def _saved_names(names: list[str], tops: list[str], config: OFTConfig, layers: list[str]) -> list[str] | None:
-    """Names for PEFT's ``modules_to_save``: it takes every path that ends with one, dot or no dot before it."""
-    ends = sorted({top.rpartition(".")[2] for top in tops})
-    for wanted in (list(config.modules_to_save or ends), ends, tops):
-        found = {name for name in names if any(name.endswith(entry) for entry in wanted)}
-        shadowed = any(re.match(rf"(^|.*\.){entry}($|\..*)", layer) for entry in wanted for layer in layers)
-        if found == set(tops) and not shadowed:
-            return wanted
-    return None
-
-
-def _saved_problems(model: nn.Module, tops: list[str]) -> list[str]:
-    problems = []
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for top in tops:
-        module, inside = model.get_submodule(top), top + "."
-        own = {id(parameter) for name, parameter in parameters if name.startswith(inside)}
-        tied = [name for name, parameter in parameters if id(parameter) in own and not name.startswith(inside)]
-        buffers = [name for name, _ in module.named_buffers()]
-        if tied:
-            problems.append(
-                f"modules_to_save: {top} is tied to {plain_name(tied[0])}: PEFT trains a copy of its own, this model "
-                "the one that both use"
-            )
-        elif isinstance(module, _CONTAINERS):
-            problems.append(f"modules_to_save: {top} is a {type(module).__name__}, which PEFT does not take")
-        elif buffers:
-            problems.append(f"modules_to_save: {top} has buffers ({buffers[0]}), which PEFT expects in the file")
-    return problems
