@@ -48,12 +48,23 @@ def test_files() -> list[str]:
 
 def run_tests(folder: str) -> dict[str, object]:
     """The tests marked ``gpu``: a row of the table."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *test_files()]
-    environment = {**os.environ, "PYTHONPATH": folder}
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    lines = finished.stdout.strip().splitlines() or [finished.stderr.strip()[-200:]]
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"what": "tests on the device", "goal": "pass", "figure": f"missing: {', '.join(missing)}", "met": None}
+    # The package comes from `folder`: not from the working directory, and with the options of pyproject.toml that want
+    # plugins left out.
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "addopts="]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *test_files()],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": folder},
+        check=False,
+    )
     if finished.returncode:
         print(finished.stdout[-6000:], finished.stderr[-2000:], sep="\n")
+    lines = finished.stdout.strip().splitlines() or ["nothing was printed"]
     without = "" if importlib.util.find_spec("bitsandbytes") else ", without those on 4-bit weights: no bitsandbytes"
     return {
         "what": f"tests on the device: {lines[-1].strip('= ')}{without}",

@@ -121,7 +121,9 @@ def rotate_cases() -> Iterator[Case]:
 def matmul(dtype: torch.dtype, b: int, tokens: int, bias: bool, device: torch.device) -> object:
     weight = torch.empty(FEATURES, FEATURES // b * b, dtype=dtype, device=device)
     biases = torch.empty(FEATURES, dtype=dtype, device=device) if bias else None
-    return rotate_matmul.rotate_matmul(activations(dtype, b, tokens, device), delta(b, device).to(dtype), weight, biases)
+    return rotate_matmul.rotate_matmul(
+        activations(dtype, b, tokens, device), delta(b, device).to(dtype), weight, biases
+    )
 
 
 def matmul_cases() -> Iterator[Case]:

@@ -78,6 +78,20 @@ class TestCayley:
             ((i + 1) * expected.sum()).backward()
             torch.testing.assert_close(layer.grad, alone.grad)
 
+    @pytest.mark.parametrize(("r", "b", "std"), [(3, 32, 0.05), (7, 5, 0.3), (12, 2, 1.5), (2, 32, 1.0), (1, 16, 0.0)])
+    def test_gradient_of_the_weight_form(self, kernel_device, r, b, std):
+        """``xᵀ∂x R⁻ᵀ``, also where R is far from orthogonal and Newton's iteration has to start elsewhere."""
+        delta = F.cayley_neumann(packed(r, b, std), b)
+        x, grad_x = torch.randn(2, 50, r * b, dtype=torch.float64)
+        products = torch.einsum("tri,trj->rij", x.view(50, r, b), grad_x.view(50, r, b))
+        expected = products @ torch.linalg.inv(delta + torch.eye(b)).mT
+        actual = ops.weight_form_delta_grad(*on(kernel_device, torch.float32, grad_x, x, delta))
+        assert_close("∂Δ", actual.cpu(), expected, 1e-5 if std <= 1 else 1e-4)
+
+    def test_gradient_of_the_weight_form_ends_on_nan(self, kernel_device):
+        x, delta = torch.randn(20, 8, device=kernel_device), torch.full((2, 4, 4), float("nan"), device=kernel_device)
+        assert ops.weight_form_delta_grad(x, x, delta).isnan().all()
+
     def test_wide_blocks_and_float64_go_to_plain_torch(self, kernel_device, launches):
         for dtype, b in ((torch.float32, 64), (torch.float64, 8)):
             (generators,) = on(kernel_device, dtype, packed(2, b))
@@ -161,6 +175,21 @@ class TestRotate:
         assert torch.equal(F.rotate(x, torch.zeros(2, 32, 32, device=kernel_device)), x)
         assert torch.equal(ops.neumann_rotate(x, generators, 32, 4), x)
         assert launches == ["rotate", "rotate"]
+
+    def test_offsets_beyond_2_to_the_31(self, kernel_device, launches):
+        """Rows 2³⁰ elements apart, in memory that is never touched but there."""
+        apart = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=kernel_device).as_strided((3, 64), (2**30, 1))
+        x, grad = torch.randn(2, 3, 64).bfloat16().to(kernel_device)
+        apart.copy_(x)
+        delta = 0.1 * torch.randn(2, 32, 32, device=kernel_device)
+        assert torch.equal(F.rotate(apart, delta), F.rotate(x, delta))
+        for actual, expected in zip(
+            ops.rotate_backward(grad, apart, delta), ops.rotate_backward(grad, x, delta), strict=True
+        ):
+            assert torch.equal(actual, expected)
+        generators = packed(2, 32).float().to(kernel_device)
+        assert torch.equal(ops.neumann_rotate(apart, generators, 32, 4), ops.neumann_rotate(x, generators, 32, 4))
+        assert launches == ["rotate", "rotate", "rotate_backward", "rotate_backward", "rotate", "rotate"]
 
     def test_two_runs_give_equal_bits(self, kernel_device):
         x, grad = torch.randn(2, 777, 96, device=kernel_device).bfloat16()
@@ -277,6 +306,8 @@ def test_opcheck(kernel_device):
         ops.neumann_rotate_backward: (x, x, generators, 4, 4),
         ops.rotate_group: (x.clone().requires_grad_(), [delta.clone().requires_grad_(), delta]),
         ops.rotate_group_backward: (grads, x, [delta, delta]),
+        ops.rotate_matmul: (x, delta, torch.randn(7, 12, device=kernel_device), None),
+        ops.weight_form_delta_grad: (x, x, delta),
     }
     for op, args in cases.items():
         torch.library.opcheck(
