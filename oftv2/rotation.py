@@ -78,6 +78,8 @@ class Rotation:
         packed = self.effective(generators)
         if self.parametrization == "cayley":
             delta = F.cayley(packed, self.block_size)
+        elif self.parametrization == "neumann":
+            delta = F.neumann(packed, self.block_size, self.terms)
         else:
             delta = F.cayley_neumann(packed, self.block_size, self.terms)
         return delta.expand(self.num_blocks, -1, -1) if self.block_share else delta

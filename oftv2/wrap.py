@@ -42,7 +42,8 @@ def wrap_model(
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
             result is the same. :func:`oftv2.group_projections` does it later, as after ``load_adapter``.
         **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it, as in
-            ``wrap_model(model, block_size=64)``.
+            ``wrap_model(model, block_size=64)``; also under PEFT's names (``oft_block_size``, ``r``,
+            ``module_dropout``, ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``layers_to_transform``).
 
     Returns:
         nn.Module: the same object.
@@ -54,6 +55,7 @@ def wrap_model(
     """
     if config is not None and not isinstance(config, OFTConfig):
         raise AdapterError(f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}")
+    fields = OFTConfig.with_own_names(fields)
     if config is not None and ("num_blocks" in fields) != ("block_size" in fields):
         fields = {"num_blocks": None, "block_size": None, **fields}  # the one given takes the place of the other
     config = dataclasses.replace(config, **fields) if config is not None else OFTConfig(**fields)
