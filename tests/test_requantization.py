@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import requantization
 import torch
 
-import requantization
 from conftest import ROOT
 
 
@@ -47,7 +47,9 @@ def test_table(weights, capsys: pytest.CaptureFixture[str]) -> None:
         if row["method"] == "LoRA r=4":
             assert (row["over_lora"], row["over_lora_sd"]) == (1, 0)
     first = table[0]
-    mine = [row for row in rows if all(row[key] == first[key] for key in ("format", "base", "update", "size", "method"))]
+    mine = [
+        row for row in rows if all(row[key] == first[key] for key in ("format", "base", "update", "size", "method"))
+    ]
     assert first["error"] == pytest.approx(sum(row["error"] for row in mine) / 2, abs=1e-5)
     requantization.show(table, "LoRA r=4")
     assert "nf4, quantized base (quantized as it is: 0.00%), random update of 10.0%" in capsys.readouterr().out
@@ -55,6 +57,9 @@ def test_table(weights, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_are_explained() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "requantization.py", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "benchmarks" / "requantization.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "straddle" in done.stdout
