@@ -5,7 +5,7 @@ from .base import OFTLayer
 from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
-from .errors import AdapterError, RequantizationWarning, StabilityWarning
+from .errors import AdapterError, PeftFormatWarning, RequantizationWarning, StabilityWarning
 from .explain import Explanation, explain
 from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
@@ -26,6 +26,7 @@ __all__ = [
     "OFTEmbedding",
     "OFTLayer",
     "OFTLinear",
+    "PeftFormatWarning",
     "QuantOFTLinear",
     "ReferenceModel",
     "RequantizationWarning",

@@ -74,7 +74,7 @@ def merge(
         AdapterError: not wrapped, already merged, generators with NaN or Inf, or a weight that cannot be read; nothing
             is changed then.
     """
-    layers = _merge_ready(model)
+    layers = _merge_ready(model, requantize)
     quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
     if requantize and not quantized:
         raise AdapterError("requantize=True, and no adapted layer of this model is quantized")
@@ -140,7 +140,7 @@ def _require_merged(model: nn.Module, merged: bool, reason: str) -> None:
         raise AdapterError(f"{len(wrong)} layers ({wrong[0]}, …) are {are}: {reason}")
 
 
-def _merge_ready(model: nn.Module) -> dict[str, OFTLayer]:
+def _merge_ready(model: nn.Module, requantize: bool) -> dict[str, OFTLayer]:
     if not isinstance(model, OFTLayer):
         get_state(model)
     _require_merged(model, False, "call unmerge first")
@@ -148,7 +148,7 @@ def _merge_ready(model: nn.Module) -> dict[str, OFTLayer]:
     for layer in layers.values():
         layer.check_generators()
         if isinstance(layer, QuantOFTLinear):
-            layer.backend()
+            layer.check_merge(requantize=requantize)
     return layers
 
 
@@ -157,7 +157,7 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
     generators = {id(parameter) for _, layer in oft_layers(model) for parameter in layer.generators.values()}
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
-        quantized = getattr(parameter, "quant_state", None) is not None
+        quantized = getattr(parameter, "quant_state", None) is not None or parameter.dtype.itemsize == 1
         if id(parameter) not in generators and parameter.is_floating_point() and not quantized:
             sizes[parameter.dtype] += parameter.numel()
     return sizes.most_common(1)[0][0] if sizes else torch.float32

@@ -1,14 +1,12 @@
-"""The adapter's file: one safetensors file with its description in the metadata, read with care, written atomically."""
+"""The adapter's file: one safetensors file with its description in the metadata, and how it is written atomically."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
 from .config import OFTConfig
@@ -16,7 +14,7 @@ from .errors import AdapterError
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had one layout, now called "oftv2"
 # PEFT's names, under which an adapter's tensors are found by its tools too.
 PREFIX = "base_model.model."
 GENERATORS = ".oft_R.weight"
@@ -31,7 +29,10 @@ class AdapterFile:
         block_sizes: by layer path.
         trained: names of the base parameters trained in full.
         base: what :func:`oftv2.base_check.describe_base` said of its base model.
-        tensors: everything by its key in the file.
+        tensors: everything by its key, under this library's names.
+        origin: what wrote it.
+        notes: what the user should know of how it was read.
+        apart: of ``trained``, what was trained as a copy of its own, even where the base model ties it.
     """
 
     config: OFTConfig
@@ -39,6 +40,9 @@ class AdapterFile:
     trained: tuple[str, ...]
     base: dict[str, Any]
     tensors: dict[str, Tensor]
+    origin: str = "oftv2"
+    notes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def generators(self, layer: str) -> Tensor:
         return self.tensors[PREFIX + layer + GENERATORS]
@@ -51,32 +55,11 @@ class AdapterFile:
         return layers | {PREFIX + name for name in self.trained}
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
-    """Reads an adapter without a model.
+def parse_manifest(manifest: dict[str, Any], path: Path) -> tuple[AdapterFile, str]:
+    """The adapter that a file of this library describes, without its tensors, and the layout of those.
 
-    Raises:
-        AdapterError: files that are missing, truncated, or not written by this library.
+    Takes the description apart, part by part; whatever is not as it should be raises a ValueError or the like.
     """
-    path = Path(folder) / TENSORS_FILE
-    if not path.is_file():
-        what = "has no " + TENSORS_FILE if Path(folder).is_dir() else "is not a folder"
-        raise AdapterError(f"{folder} {what}: give the folder that save_adapter wrote")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read, it may be truncated: {error}") from error
-    try:
-        return _parse(json.loads(metadata["oftv2"]), path, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{path} does not hold an oftv2 adapter's description: {error!r}") from error
-
-
-def _parse(manifest: dict[str, Any], path: Path, tensors: dict[str, Tensor]) -> AdapterFile:
-    """Takes a description apart, part by part; whatever is not as it should be raises a ValueError or the like."""
     version = _checked(manifest["format_version"], int)
     if version > FORMAT_VERSION:
         raise AdapterError(
@@ -95,7 +78,10 @@ def _parse(manifest: dict[str, Any], path: Path, tensors: dict[str, Tensor]) -> 
         for value in _checked(sketch["values"], list):
             _checked(value, float)
     trained = tuple(_checked(name, str) for name in _checked(manifest["trained_parameters"], list))
-    return AdapterFile(OFTConfig.from_dict(_checked(manifest["config"], dict)), sizes, trained, base, tensors)
+    layout = manifest["layout"] if version > 1 else "oftv2"
+    if layout not in ("oftv2", "peft"):
+        raise ValueError(f"layout={layout!r}")
+    return AdapterFile(OFTConfig.from_dict(_checked(manifest["config"], dict)), sizes, trained, base, {}), layout
 
 
 def _checked(value: Any, kind: type) -> Any:

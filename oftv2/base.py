@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError, StabilityWarning
-from .rotation import Rotation, generator_norm
+from .rotation import KeptRotation, Rotation, generator_norm
 
 DEFAULT_ADAPTER = "default"
 _WARN_NORM = 0.9
@@ -64,7 +64,7 @@ class OFTLayer(nn.Module):
         self.merged = False
         self._original: tuple[nn.Module, ...] = ()
         self._merged_delta: Tensor | None = None
-        self._cache: tuple[tuple[Any, ...], dict[torch.dtype | None, Tensor]] | None = None
+        self._cache: KeptRotation | None = None
         self._norm_checks = 0
         self._warned = False
         self.reset_parameters()
@@ -127,16 +127,11 @@ class OFTLayer(nn.Module):
         generators = self.generators[self.active]
         if self._changes(generators):
             return self._dropped(self.rotation.delta(generators))
-        version = None if generators.is_inference() else generators._version
-        key = (self.active, version, generators.data_ptr(), generators.dtype, generators.device)
-        if version is None or self._cache is None or self._cache[0] != key:
+        kept = self._cache
+        if kept is None or not kept.is_of(generators):
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = key, {None: self.rotation.delta(generators)}
-        kept = self._cache[1]
-        if dtype not in kept:
-            with torch.inference_mode(False), torch.no_grad():
-                kept[dtype] = kept[None].to(dtype)
-        return kept[dtype]
+                self._cache = kept = KeptRotation(generators, self.rotation.delta(generators))
+        return kept.delta if dtype is None else kept.cast(dtype)
 
     def _changes(self, generators: Tensor) -> bool:
         """Whether Δ has to be built anew; drops the cache then."""
@@ -150,12 +145,12 @@ class OFTLayer(nn.Module):
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x R`` of activations ``(..., d)`` by the active adapter, in one step where a kernel can."""
-        rotation = self.rotation
-        changes = self.training or torch.is_grad_enabled()
-        if changes and F.makes_rotation_on_the_way(x, rotation.block_size):
-            packed = self.changing_generators()
-            if packed is not None:
-                return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
+        if self.training or torch.is_grad_enabled():
+            rotation = self.rotation
+            if F.makes_rotation_on_the_way(x, rotation.block_size):
+                packed = self.changing_generators()
+                if packed is not None:
+                    return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
         return F.rotate(x, self.delta() if x.is_cpu else self.delta(x.dtype))
 
     def changing_generators(self) -> Tensor | None:

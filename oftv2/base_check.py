@@ -58,8 +58,11 @@ def compare_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
 def sketch(module: Any) -> dict[str, Any] | None:
     """A few weighted sums of the weight, which survive rounding and quantization; None where it cannot be read."""
     backend = find_backend(module)
-    weight: Tensor | None = backend.dequantize(module) if backend else getattr(module, "weight", None)
-    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:
+    if backend is None:
+        weight: Tensor | None = getattr(module, "weight", None)
+    else:
+        weight = None if backend.dequantize is None else backend.dequantize(module)
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:
         return None
     rows = weight.flatten(1)[:: max(1, weight.shape[0] // _ROWS)][:_ROWS].float().cpu()
     position = torch.arange(rows.shape[1], dtype=torch.float64)

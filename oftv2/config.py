@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from . import peft_config
+
 ALL_LINEAR = "all-linear"
 DEFAULT_BLOCK_SIZE = 32
-_PARAMETRIZATIONS = ("cayley_neumann", "cayley")
+_PARAMETRIZATIONS = ("cayley_neumann", "cayley", "neumann")
 _BIAS = ("none", "all", "oft_only")
 _INIT = ("identity", "normal")
 
@@ -34,12 +36,15 @@ class OFTConfig:
         num_blocks: instead of ``block_size``: the number of blocks, so that ``b = in_features / num_blocks``.
         neumann_terms: ``k`` in ``R = (I + Q)(I + Q + … + Qᵏ)``. An even ``k`` is far more orthogonal than the odd
             number after it: the error is ``‖Q‖^(2k+2)``, against ``2‖Q‖^(k+1)`` for odd ``k``. Default 4.
-        parametrization: ``"cayley_neumann"`` (the truncated series, no inverse) or ``"cayley"`` (the exact transform
-            ``(I + Q)(I − Q)⁻¹``, orthogonal for every ``Q``).
+        parametrization: ``"cayley_neumann"`` (the truncated series, no inverse), ``"cayley"`` (the exact transform
+            ``(I + Q)(I − Q)⁻¹``, orthogonal for every ``Q``) or ``"neumann"`` (``I + 2Q + … + 2Qᵏ``, far less
+            orthogonal: what PEFT before 0.18 used, to load its adapters exactly).
         target_modules: ``"all-linear"`` (every linear layer but the output head), a regular expression that must match
             the whole module path, or a list of names, each an exact module path or its last components.
         exclude_modules: like ``target_modules``; what matches is left alone, with all that is inside it.
         layers: only modules inside these transformer layers (the first number in the module path).
+        layers_pattern: names of the lists that ``layers`` counts in, such as ``"layers"`` or ``"h"``; ``None`` takes
+            any.
         modules_to_save: names of modules to train in full and to save with the adapter. ``None`` takes the task heads
             of a transformers model other than the language-model head (they are new, and useless untrained).
         block_size_pattern: ``{pattern: block_size}`` for modules whose path ends with a match of the pattern.
@@ -63,6 +68,7 @@ class OFTConfig:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] | None = ()
     layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     block_size_pattern: Mapping[str, int] = field(default_factory=dict)
     dropout: float = 0.0
@@ -90,6 +96,11 @@ class OFTConfig:
         self._check_names()
         if self.layers is not None:
             self._freeze("layers", self.layers, lambda v: _is_int(v) and v >= 0, "a list of layer numbers from 0 up")
+        if self.layers_pattern is not None:
+            names = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+            self._freeze("layers_pattern", names, _is_regex, "a list of names or regular expressions, or None")
+            if self.layers is None:
+                self._fail("layers_pattern", "it together with layers, or None")
 
     def _check_block_sizes(self) -> None:
         if self.block_size is not None and self.num_blocks is not None:
@@ -166,6 +177,27 @@ class OFTConfig:
             raise ConfigError(f"OFTConfig has no field {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
         return cls(**values)
 
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any]) -> OFTConfig:
+        """The configuration that does what one of PEFT's does: its dictionary (``peft.OFTConfig(…).to_dict()``, or what
+        ``adapter_config.json`` holds).
+
+        Raises:
+            ConfigError: another kind of adapter, fields that this library does not know, values that it does not take.
+        """
+        return cls(**_translated(peft_config.from_peft, values))
+
+    @staticmethod
+    def with_own_names(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields under this library's names or PEFT's (``oft_block_size``, ``r``, ``module_dropout``,
+        ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``layers_to_transform``, ``coft`` with ``eps``), under
+        this library's.
+
+        Raises:
+            ConfigError: a field under both of its names.
+        """
+        return _translated(peft_config.renamed, values)
+
     def to_json(self) -> str:
         """The configuration as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2)
@@ -182,12 +214,26 @@ class OFTConfig:
         return cls.from_dict(values)
 
 
+def _translated(translate: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return translate(values)
+    except ValueError as error:
+        raise ConfigError(f"PEFT's configuration: {error}") from error
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return _is_name(value) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def _is_name(value: Any) -> bool:

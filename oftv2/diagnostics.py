@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import OFTLayer
 from .errors import AdapterError
-from .rotation import generator_norm, spectral_norm
+from .rotation import Rotation, generator_norm, spectral_norm
 from .state import oft_layers
 
 
@@ -33,16 +33,21 @@ class LayerDiagnostics:
 @torch.no_grad()
 def layer_diagnostics(layer: OFTLayer) -> LayerDiagnostics:
     """The figures of one layer's active adapter, in float64."""
-    generators = layer.generators[layer.active].detach()
-    packed = layer.rotation.effective(generators)
-    delta = layer.rotation.delta(generators)[: generators.shape[0]].double().cpu()
+    return rotation_diagnostics(layer.rotation, layer.generators[layer.active].detach(), layer.name)
+
+
+@torch.no_grad()
+def rotation_diagnostics(rotation: Rotation, generators: Tensor, name: str) -> LayerDiagnostics:
+    """The figures of a rotation by itself, in float64; ``name`` is for messages."""
+    packed = rotation.effective(generators)
+    delta = rotation.delta(generators)[: generators.shape[0]].double().cpu()
     identity = torch.eye(delta.shape[-1], dtype=delta.dtype)
     R = delta + identity
     if not delta.isfinite().all():
-        raise AdapterError(f"{layer.name}: the rotation holds NaN or Inf")
+        raise AdapterError(f"{name}: the rotation holds NaN or Inf")
     error = R.mT @ R - identity  # has the eigenvalues σ² − 1
     largest = spectral_norm(error).amax().item()
-    norm = generator_norm(packed, layer.rotation.block_size)
+    norm = generator_norm(packed, rotation.block_size)
     return LayerDiagnostics(
         orthogonality_error=torch.linalg.matrix_norm(error).amax().item(),
         generator_norm=norm,

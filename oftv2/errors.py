@@ -9,5 +9,9 @@ class StabilityWarning(UserWarning):
     """Generators so large that the Cayley–Neumann series is about to diverge."""
 
 
+class PeftFormatWarning(UserWarning):
+    """An adapter that PEFT cannot read as it is, or one of PEFT's that reads otherwise here than there."""
+
+
 class RequantizationWarning(UserWarning):
     """What it cost to quantize a merged weight again."""

@@ -76,11 +76,12 @@ def explain(
     if not isinstance(tokens, int) or tokens < 0:
         raise AdapterError(f"explain: tokens={tokens!r} is not allowed: use a whole number from 0 up")
     gradient = layer.training if gradient is None else gradient
-    weight_dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16
-    dtype = weight_dtype if dtype is None else dtype
+    weight = _weight(layer)
+    ordinary = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
+    dtype = dtype or (weight.dtype if weight is not None and ordinary else torch.bfloat16)
     possible = layer.forms(dtype, gradient=gradient)
     problem = layer.problem(tokens, dtype, gradient=gradient)
-    on = machine(layer.weight.device)
+    on = machine(layer.generators[layer.active].device)
     form = layer.form or cheapest(problem, possible, on)
     if form not in possible:
         raise AdapterError(f"{layer.name}: form={form!r} is not possible here; possible: {', '.join(possible)}")
@@ -99,9 +100,16 @@ def _reason(layer: OFTLinear, form: str, gradient: bool) -> str:
     """Why a form is not possible, in the order in which it is found out."""
     if form == "fused" and gradient:
         return "it has no backward pass"
-    if layer.weight.device.type != "cuda" and form == "fused":
+    if layer.generators[layer.active].device.type != "cuda" and form == "fused":
         return "it is a kernel for CUDA devices"
+    weight = _weight(layer)
     return (
         "it wants a frozen, ordinary weight in the activations' dtype, without hooks or autocast (on a CPU, not in 16 "
-        f"bit); here, {type(layer.base_layer).__name__} with {layer.weight.dtype}"
+        f"bit); here, {type(layer.base_layer).__name__} with {'no ordinary weight' if weight is None else weight.dtype}"
     )
+
+
+def _weight(layer: OFTLinear) -> torch.Tensor | None:
+    """The base layer's weight; None where a quantization library keeps it in tensors of other names."""
+    weight = getattr(layer.base_layer, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None

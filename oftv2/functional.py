@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _fused_ops, _ops, _quant_ops, _weight_form  # noqa: F401  (they register the operators)
 from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
 from .kernels.register import register, rotates, usable
+from .reference import skew
 
 _CUDA_KERNELS = register()
 
@@ -66,6 +67,20 @@ def cayley(generators: Tensor, block_size: int) -> Tensor:
     """``Δ = R − I`` of the exact Cayley transform ``R = (I + Q)(I − Q)⁻¹``; arguments as :func:`cayley_neumann`."""
     _check_packed(generators, block_size)
     return torch.ops.oftv2.cayley(generators, block_size)
+
+
+def neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
+    """``Δ = R − I`` of the bare Neumann series, ``R = I + 2Q + … + 2Qᵏ``, as PEFT before 0.18 cut it; in plain torch.
+
+    It is ``2‖Q‖^(k+1)`` from orthogonal: for adapters that were trained with it, not for new ones.
+    """
+    _check_packed(generators, block_size)
+    with torch.autocast(generators.device.type, enabled=False):
+        Q = skew(generators, block_size)
+        series = Q
+        for _ in range(terms - 1):
+            series = Q + Q @ series
+        return 2 * series
 
 
 def rotate(x: Tensor, delta: Tensor) -> Tensor:

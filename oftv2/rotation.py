@@ -78,9 +78,40 @@ class Rotation:
         packed = self.effective(generators)
         if self.parametrization == "cayley":
             delta = F.cayley(packed, self.block_size)
+        elif self.parametrization == "neumann":
+            delta = F.neumann(packed, self.block_size, self.terms)
         else:
             delta = F.cayley_neumann(packed, self.block_size, self.terms)
         return delta.expand(self.num_blocks, -1, -1) if self.block_share else delta
+
+
+class KeptRotation:
+    """Δ of generators that do not change, for as long as they do not.
+
+    The generators' memory is held on to: another tensor cannot come to lie where they lay and be taken for them.
+    """
+
+    def __init__(self, generators: Tensor, delta: Tensor) -> None:
+        self.delta = delta
+        self._generators, self._memory = generators, generators.detach()
+        self._version = None if generators.is_inference() else generators._version
+        self._casts: dict[torch.dtype, Tensor] = {}
+
+    def is_of(self, generators: Tensor) -> bool:
+        """Whether these are the generators, unchanged as far as a version counter sees."""
+        return (
+            generators is self._generators
+            and self._version is not None
+            and self._version == generators._version
+            and self._memory.data_ptr() == generators.data_ptr()
+        )
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """Δ in another dtype, cast once."""
+        if dtype not in self._casts:
+            with torch.inference_mode(False), torch.no_grad():
+                self._casts[dtype] = self.delta.to(dtype)
+        return self._casts[dtype]
 
 
 def generator_norm(packed: Tensor, block_size: int) -> float:

@@ -72,7 +72,7 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
     left_out = {id(module) for name in excluded for module in modules[name].modules()}
     chosen = [name for name in chosen if id(modules[name]) not in left_out]
     if config.layers is not None:
-        chosen = _in_layers(chosen, config.layers)
+        chosen = _in_layers(chosen, config.layers, config.layers_pattern)
     sizes = _block_sizes(chosen, config)
     targets, seen = [], set()
     for name in chosen:
@@ -176,8 +176,9 @@ def _close(names: list[str], wanted: str) -> str:
     )
 
 
-def _in_layers(names: list[str], layers: tuple[int, ...]) -> list[str]:
-    number = {name: match and int(match[1]) for name in names for match in [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)]}
+def _in_layers(names: list[str], layers: tuple[int, ...], lists: tuple[str, ...] | None) -> list[str]:
+    within = rf"(?:^|\.)(?:{'|'.join(lists)})\." if lists else r"(?:^|\.)"
+    number = {name: match and int(match[1]) for name in names for match in [re.search(rf"{within}(\d+)(?:\.|$)", name)]}
     missing = sorted(set(layers) - {value for value in number.values() if value is not None})
     if missing:
         raise AdapterError(f"layers: no target module lies in layer {', '.join(map(str, missing))}")

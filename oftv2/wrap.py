@@ -12,6 +12,7 @@ from .base import DEFAULT_ADAPTER, OFTLayer
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
 from .errors import AdapterError
+from .gradient_check import check_gradients
 from .grouping import check_groups, ungroup
 from .grouping import group_projections as group
 from .pretrained import present, unpresent
@@ -41,24 +42,27 @@ def wrap_model(
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
             result is the same. :func:`oftv2.group_projections` does it later, as after ``load_adapter``.
         **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it, as in
-            ``wrap_model(model, block_size=64)``.
+            ``wrap_model(model, block_size=64)``; also under PEFT's names (``oft_block_size``, ``r``,
+            ``module_dropout``, ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``layers_to_transform``).
 
     Returns:
         nn.Module: the same object.
 
     Raises:
-        AdapterError: nothing to adapt, names that match nothing, sizes that do not divide, or a model that is wrapped
-            already.
+        AdapterError: nothing to adapt, names that match nothing, sizes that do not divide, a layer that lets no
+            gradient through, or a model that is wrapped already.
         ConfigError: a field with a value that is not allowed.
     """
     if config is not None and not isinstance(config, OFTConfig):
         raise AdapterError(f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}")
+    fields = OFTConfig.with_own_names(fields)
     if config is not None and ("num_blocks" in fields) != ("block_size" in fields):
         fields = {"num_blocks": None, "block_size": None, **fields}  # the one given takes the place of the other
     config = dataclasses.replace(config, **fields) if config is not None else OFTConfig(**fields)
     check_model(model, adapter_name)
     targets = find_targets(model, config)
     check_sizes(targets, config)
+    check_gradients({target.name: target.module for target in targets})
     trained = trained_names(model, config, targets)
     if group_projections:
         check_groups(model)
@@ -187,7 +191,7 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
     if config.bias == "all":
         biases = [name for name in everything if "bias" in name.split(".")[-1]]
     else:
-        biases = [f"{t.name}.bias" for t in targets if getattr(t.module, "bias", None) is not None]
+        biases = [f"{t.name}.bias" for t in targets if isinstance(getattr(t.module, "bias", None), nn.Parameter)]
     if not biases:
         raise AdapterError(f'bias={config.bias!r} would train nothing: there is no bias; use bias="none"')
     return names + [name for name in biases if name not in names]

@@ -13,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
@@ -86,6 +87,19 @@ def tiny_llama():
         return LlamaForCausalLM(config).eval()
 
     return make
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Notes the operators of this library that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "oftv2":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 3) -> None:

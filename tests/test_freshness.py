@@ -221,3 +221,16 @@ def test_a_kept_rotation_in_16_bit_is_as_fresh_as_the_one_it_is_made_from(layer)
         layer.generators["default"].requires_grad_(False).mul_(2)
         assert torch.equal(layer.delta(torch.bfloat16), layer.delta().bfloat16())
         assert not torch.equal(layer.delta(torch.bfloat16), first)
+
+
+def test_another_tensor_at_the_same_address_is_not_taken_for_the_old_one(layer):
+    """Allocators hand out the same memory again, and a tensor put in by ``.data`` leaves the version as it was."""
+    generators = layer.generators["default"]
+    check(layer)
+    for i in range(100):
+        generators.data = torch.full((4, 120), 0.0005 * i)
+        if i % 7 == 0:
+            check(layer)
+        held = layer._cache._memory.data_ptr()
+        assert (generators.data_ptr() == held) == layer._cache.is_of(generators)
+    check(layer)

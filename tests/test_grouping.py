@@ -7,23 +7,9 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import oftv2
-from conftest import assert_close, randomize
-
-
-class Counter(TorchDispatchMode):
-    """Notes the operators of this library that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "oftv2":
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+from conftest import OperatorCounter, assert_close, randomize
 
 
 @pytest.fixture
@@ -59,7 +45,7 @@ def test_one_operator_serves_both_projections(pair):
     plain, grouped = pair
     counts = []
     for model in pair:
-        with Counter() as counter:
+        with OperatorCounter() as counter:
             model.train()(TOKENS)
         counts.append(counter.names)
     assert "rotate_group" not in counts[0]
@@ -73,7 +59,7 @@ def test_in_eval_the_rotations_come_from_the_cache(pair):
     with torch.no_grad():
         expected = plain(TOKENS).logits
         torch.testing.assert_close(grouped(TOKENS).logits, expected)
-        with Counter() as counter:
+        with OperatorCounter() as counter:
             torch.testing.assert_close(grouped(TOKENS).logits, expected)
     assert "cayley_neumann" not in counter.names
     assert "rotate_group" in counter.names
@@ -94,7 +80,7 @@ def test_hooks_on_a_projection_are_called(pair):
     _, grouped = pair
     seen = []
     grouped.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    with Counter() as counter:
+    with OperatorCounter() as counter:
         grouped(TOKENS)
     assert seen == [(2, 12, 160)]
     assert counter.names.count("rotate_group") == len(grouped.model.layers) - 1
@@ -115,7 +101,7 @@ def test_copies_and_pickles_stay_grouped(pair):
     _, grouped = pair
     expected = grouped.eval()(TOKENS).logits
     for other in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
-        with Counter() as counter:
+        with OperatorCounter() as counter:
             torch.testing.assert_close(other(TOKENS).logits, expected)
         assert "rotate_group" in counter.names
         assert (

@@ -5,24 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import assert_close, randomize
+from conftest import OperatorCounter, assert_close, randomize
 from oftv2 import OFTConfig, OFTEmbedding, OFTLinear, reference
 from oftv2 import functional as F
-
-
-class Counter(TorchDispatchMode):
-    """Notes the operators of this library that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "oftv2":
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -71,17 +57,17 @@ def test_training(device, form, fields, dtype, relative):
 
 def test_one_operator_forward_and_one_backward_in_training(device):
     layer, x = make(device).train(), torch.randn(20, 96, device=device, requires_grad=True)
-    with Counter() as counter:
+    with OperatorCounter() as counter:
         y = layer(x)
     assert counter.names == ["neumann_rotate"]
-    with Counter() as counter:
+    with OperatorCounter() as counter:
         y.sum().backward()
     assert counter.names == ["neumann_rotate_backward"]
 
 
 def test_in_eval_without_gradients_the_rotation_is_made_once(device):
     layer, x = make(device).eval(), torch.randn(20, 96, device=device)
-    with torch.no_grad(), Counter() as counter:
+    with torch.no_grad(), OperatorCounter() as counter:
         first, second = layer(x), layer(x)
     assert counter.names.count("cayley_neumann") == 1
     assert "neumann_rotate" not in counter.names
@@ -91,7 +77,7 @@ def test_in_eval_without_gradients_the_rotation_is_made_once(device):
 @pytest.mark.parametrize("fields", [{"dropout": 0.5}, {"parametrization": "cayley"}, {"block_size": 48}], ids=str)
 def test_what_no_kernel_makes_on_the_way_takes_two_steps(device, fields):
     layer, x = make(device, **fields).train(), torch.randn(20, 96, device=device, requires_grad=True)
-    with Counter() as counter:
+    with OperatorCounter() as counter:
         layer(x)
     made = "cayley" if fields.get("parametrization") else "cayley_neumann"
     assert counter.names == [made, "rotate"]
@@ -119,7 +105,7 @@ def test_embedding(device):
     ids = torch.arange(11, device=device).view(1, 11)
     R = reference.cayley_neumann(reference.skew(layer.generators["default"].detach().double().cpu(), 32), 4)
     expected = reference.rotate(layer.weight.detach().double().cpu(), R)[None]
-    with Counter() as counter:
+    with OperatorCounter() as counter:
         out = layer(ids)
     assert counter.names == ["neumann_rotate"]
     assert_close("vectors", out.detach().cpu(), expected, 3e-6)

@@ -10,8 +10,8 @@ import oftv2
 from conftest import assert_close, randomize
 from oftv2 import OFTConfig, QuantOFTLinear, reference
 from oftv2 import functional as F
+from oftv2._bitsandbytes import weight_4bit
 from oftv2._quant_ops import dequantize_4bit
-from oftv2.quant import _weight_4bit
 from quantized import FOUR_BIT, dequantized, quantize
 
 each_format = pytest.mark.parametrize("kind", FOUR_BIT)
@@ -63,7 +63,7 @@ def oracle(layer, x, upstream):
 def test_plain_dequantization_is_bitsandbytes(kind, dtype):
     base = quantize(nn.Linear(192, 40), kind, dtype)
     expected = dequantized(base).to(dtype)
-    assert torch.equal(dequantize_4bit(_weight_4bit(base), dtype), expected)
+    assert torch.equal(dequantize_4bit(weight_4bit(base), dtype), expected)
 
 
 @each_format
@@ -113,7 +113,7 @@ def test_zero_generators_give_the_base_weight_bit_for_bit(device):
     layer = make("nf4", device)
     nn.init.zeros_(layer.generators["default"])
     weight = torch.ops.oftv2.dequantize_rotate_4bit(
-        layer.delta().detach(), *_weight_4bit(layer.base_layer), torch.float32
+        layer.delta().detach(), *weight_4bit(layer.base_layer), torch.float32
     )
     assert torch.equal(weight.double(), dequantized(layer.base_layer))
 
@@ -130,7 +130,7 @@ def test_nothing_but_the_input_is_kept(device):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    weight = _weight_4bit(layer.base_layer)
+    weight = weight_4bit(layer.base_layer)
     stored = sum(t.untyped_storage().nbytes() for t in (weight.packed, weight.absmax, weight.code))
     small = layer.generators["default"].nbytes + layer.delta().nbytes
     assert sum(kept.values()) == x.nbytes + stored + small
@@ -161,7 +161,7 @@ def test_explain_names_the_choice(device):
 
 def test_opcheck(device):
     layer = make("nf4-double", device, d=64, n=8)
-    weight, delta = _weight_4bit(layer.base_layer), layer.delta().detach()
+    weight, delta = weight_4bit(layer.base_layer), layer.delta().detach()
     x, upstream = torch.randn(5, 64, device=device), torch.randn(5, 8, device=device)
     ops = torch.ops.oftv2
     torch.library.opcheck(ops.dequantize_rotate_4bit.default, (delta, *weight, torch.bfloat16))

@@ -100,9 +100,9 @@ class TestOtherQuantizations:
     def test_a_linear_subclass_that_cuts_the_gradient_is_refused(self) -> None:
         """The layers behind it would train, so that nothing else would tell."""
         model = nn.Sequential(nn.Linear(32, 64), DetachingLinear(64, 64), nn.Linear(64, 8))
-        wrap_model(model, block_size=B, target_modules=["0", "1", "2"]).train()
-        with pytest.raises(RuntimeError, match=r"^1: the base layer \(DetachingLinear\).*without a gradient"):
-            model(torch.randn(5, 32)).sum().backward()
+        with pytest.raises(AdapterError, match=r"^1: this DetachingLinear lets no gradient through"):
+            wrap_model(model, block_size=B, target_modules=["0", "1", "2"])
+        assert type(model[0]) is nn.Linear
 
     def test_an_unreadable_weight_cannot_be_merged(self) -> None:
         layer = QuantOFTLinear(OpaqueLinear(64, 24), OFTConfig(block_size=B), name="odd")
@@ -122,7 +122,7 @@ class TestOtherQuantizations:
         x, bases = torch.randn(5, 64), [layer.base_layer for layer in model]
         weight, packed = bases[0].weight.detach().clone(), packed_weight(bases[1])
         y = model(x)
-        monkeypatch.setattr("oftv2.quant.BACKENDS", ())
+        monkeypatch.setattr("oftv2.backends.BACKENDS", ())
         with pytest.raises(AdapterError, match=r"^1: no way is known to read the weight of a Linear4bit"):
             merge(model)
         assert [layer.base_layer for layer in model] == bases

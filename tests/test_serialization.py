@@ -240,7 +240,8 @@ def test_the_files_hold_the_adapter_and_nothing_else(tmp_path):
         "base_model.model.4.weight": (4, 16),
         "base_model.model.4.bias": (4,),
     }
-    description = json.loads((folder / "adapter_config.json").read_text())
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        description = json.loads(file.metadata()["oftv2"])
     assert description["block_sizes"] == {"0": 32, "2": 24}  # what adjust_block_size chose
     assert OFTConfig.from_dict(description["config"]) == OFTConfig(adjust_block_size=True, modules_to_save=("4",))
 

@@ -1,0 +1,136 @@
+"""``python -m oftv2``: look at adapters, and convert them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .conversion import LayerConversion, save_as_lora
+from .errors import AdapterError
+from .inspection import inspect_adapter
+from .serialization import load_adapter, save_adapter
+
+_MAX_LAYERS = 12
+
+INSPECT_EXAMPLES = """examples:
+  python -m oftv2 inspect adapter/
+  python -m oftv2 inspect style.safetensors
+"""
+CONVERT_EXAMPLES = """examples:
+  python -m oftv2 convert adapter/ for-peft/ --to peft --base HuggingFaceTB/SmolLM2-135M
+  python -m oftv2 convert from-peft/ ours/ --to oftv2 --base path/to/base
+  python -m oftv2 convert adapter/ lora/ --to lora --base path/to/base --rank 64
+  python -m oftv2 convert adapter/ lora/ --to lora --base path/to/base --tolerance 0.05
+
+A LoRA is an approximation of a rotation: the error of each layer is printed, and the rank from which there is none.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 1 for an error (argparse itself exits with 2)."""
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            options.command(options)
+        except (AdapterError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m oftv2", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = _command(commands, "inspect", "what an adapter is, and how healthy", INSPECT_EXAMPLES)
+    inspect.add_argument("adapter", help="a folder of oftv2's or PEFT's, or a single safetensors file")
+    inspect.set_defaults(command=lambda options: print(inspect_adapter(options.adapter)))
+
+    convert = _command(commands, "convert", "an adapter in another format", CONVERT_EXAMPLES)
+    convert.add_argument("adapter", help="a folder of oftv2's or PEFT's, or a single safetensors file")
+    convert.add_argument("out", type=Path, help="the folder to write")
+    convert.add_argument("--to", required=True, choices=("peft", "oftv2", "lora"), help="the format")
+    convert.add_argument("--base", required=True, help="the base model: a folder or a name on the hub")
+    size = convert.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=int, help="lora: the rank")
+    size.add_argument("--tolerance", type=float, help="lora: the smallest rank with an error below this in every layer")
+    convert.add_argument("--as-trained", action="store_true", help="PEFT before 0.18: the series it was trained with")
+    convert.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
+    convert.add_argument("--force", action="store_true", help="overwrite what is in OUT")
+    convert.set_defaults(command=_convert)
+    return parser
+
+
+def _command(commands: Any, name: str, about: str, examples: str) -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=kind)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    sized = options.rank is not None or options.tolerance is not None
+    if sized != (options.to == "lora"):
+        wanted = "needs --rank or --tolerance" if options.to == "lora" else "takes no --rank and no --tolerance"
+        raise AdapterError(f"--to {options.to} {wanted}")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())) and not options.force:
+        raise AdapterError(f"{options.out} exists and is not empty: choose another folder, or use --force")
+    model = load_base(options.base)
+    load_adapter(model, options.adapter, check_base=not options.no_check_base, as_trained=options.as_trained)
+    if options.to == "lora":
+        report = save_as_lora(model, options.out, rank=options.rank, tolerance=options.tolerance, progress=_progress)
+        print(describe(report))
+    else:
+        save_adapter(model, options.out, format=options.to)
+    print(f"written to {options.out}")
+
+
+def load_base(name: str) -> nn.Module:
+    """A transformers model in the class that its configuration names, on the CPU, in its own dtype."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise AdapterError("--base needs transformers: pip install 'oftv2[transformers]'") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        return model_class.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"the base model {name} cannot be loaded: {error}") from error
+
+
+def describe(report: dict[str, LayerConversion]) -> str:
+    """The errors of a conversion to LoRA, worst first."""
+    worst = sorted(report, key=lambda path: -report[path].error)
+    lines = [f"{'error of Δ':>10}  {'of W':>8}  {'rank':>5}  exact from"]
+    for path in worst[:_MAX_LAYERS]:
+        layer = report[path]
+        found = "exact" if layer.exact else f"{layer.error:.2%}"
+        lines.append(f"{found:>10}  {layer.weight_error:8.3%}  {layer.rank:5}  rank {layer.exact_rank:<5} {path}")
+    if len(worst) > _MAX_LAYERS:
+        lines.append(f"… and {len(worst) - _MAX_LAYERS} layers with smaller errors")
+    mean = sum(layer.error for layer in report.values()) / len(report)
+    return "\n".join(
+        [*lines, f"{len(report)} layers, mean error of Δ {mean:.2%}, at most {report[worst[0]].error:.2%}"]
+    )
+
+
+def _progress(layers: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it comes with transformers
+        return layers
+    return tqdm(layers, desc="layers", unit="layer")
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

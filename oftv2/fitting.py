@@ -1,0 +1,146 @@
+"""Whether an adapter fits a model: everything is compared before the model is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from .adapter_file import GENERATORS, PREFIX, AdapterFile
+from .errors import AdapterError
+from .rotation import Rotation
+from .state import find_state, get_state, oft_layers, plain_name, plain_parameter
+from .targets import Target, layer_class_for
+
+
+def check_tensors(adapter: AdapterFile) -> list[str]:
+    """Tensors that are missing, unexpected, or hold no finite numbers."""
+    expected, found = adapter.expected_keys(), set(adapter.tensors)
+    problems = [f"missing tensor {key}" for key in sorted(expected - found)]
+    problems += [f"unexpected tensor {key}" for key in sorted(found - expected)]
+    for key in sorted(expected & found):
+        tensor = adapter.tensors[key]
+        if not tensor.is_floating_point():
+            problems.append(f"{key} is {tensor.dtype}, not a floating-point tensor")
+        elif not tensor.isfinite().all():
+            problems.append(f"{key} holds NaN or Inf")
+    return problems
+
+
+def compare_plain(model: nn.Module, adapter: AdapterFile) -> tuple[list[str], list[Target]]:
+    """What keeps the adapter from fitting a plain model, and where it goes if nothing does."""
+    problems, targets = [], []
+    paths: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        paths.setdefault(id(module), []).append(path)
+    for name, block_size in adapter.block_sizes.items():
+        module = modules.get(name)
+        layer_class = layer_class_for(module, named=True) if module is not None else None
+        if module is None or layer_class is None:
+            what = "has no such module" if module is None else f"has a {type(module).__name__} there"
+            problems.append(f"{name}: this {type(model).__name__} {what}")
+            continue
+        features, groups = layer_class.rotated_features(module)
+        try:
+            rotation = Rotation.resolve(adapter.config, features, name, groups=groups, block_size=block_size)
+        except AdapterError:
+            problems.append(
+                f"{name}: saved with block size {block_size}, which does not divide {features} features here"
+            )
+            continue
+        problems += _check_shape(adapter, name, rotation)
+        targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, block_size))
+    return problems, targets
+
+
+def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> list[str]:
+    """What keeps the adapter from fitting a model that is wrapped already."""
+    layers = dict(oft_layers(model))
+    if adapter_name not in get_state(model).configs:
+        return [f"this model is wrapped, but has no adapter {adapter_name!r}"]
+    problems = [f"{name}: in the file, not adapted in this model" for name in adapter.block_sizes if name not in layers]
+    problems += [
+        f"{name}: adapted in this model, not in the file" for name in layers if name not in adapter.block_sizes
+    ]
+    if any(layer.merged for layer in layers.values()):
+        problems.append("the model's adapter is merged: call unmerge first")
+    for name in set(layers) & set(adapter.block_sizes):
+        here = layers[name].rotations[adapter_name]
+        features, groups = layers[name].rotated_features(layers[name].base_layer)
+        try:
+            saved = Rotation.resolve(
+                adapter.config, features, name, groups=groups, block_size=adapter.block_sizes[name]
+            )
+        except AdapterError as error:
+            problems.append(str(error))
+            continue
+        problems += [
+            f"{name}: {field.name} is {getattr(saved, field.name)!r} in the file, {getattr(here, field.name)!r} here"
+            for field in dataclasses.fields(Rotation)
+            if getattr(saved, field.name) != getattr(here, field.name) and field.name != "dropout"
+        ]
+        problems += _check_shape(adapter, name, saved)
+    return problems
+
+
+def _check_shape(adapter: AdapterFile, name: str, rotation: Rotation) -> list[str]:
+    tensor = adapter.tensors.get(PREFIX + name + GENERATORS)
+    if tensor is None or tuple(tensor.shape) == rotation.shape:
+        return []
+    return [f"{name}: generators of shape {tuple(tensor.shape)} in the file, {rotation.shape} needed here"]
+
+
+def check_trained(model: nn.Module, adapter: AdapterFile) -> list[str]:
+    """What is wrong with the base parameters that were trained in full."""
+    state = find_state(model)
+    problems = []
+    if state is not None and set(state.originals[state.active]) != set(adapter.trained):
+        other = sorted(set(state.originals[state.active]) ^ set(adapter.trained))
+        problems.append(f"parameters trained in full differ between the file and this model: {listed(other)}")
+    for name in adapter.trained:
+        try:
+            here = tuple(plain_parameter(model, name).shape)
+        except AttributeError:
+            problems.append(f"{name}: this {type(model).__name__} has no such parameter")
+            continue
+        tensor = adapter.tensors.get(PREFIX + name)
+        if tensor is not None and tuple(tensor.shape) != here:
+            problems.append(f"{name}: shape {tuple(tensor.shape)} in the file, {here} here")
+    return problems + _check_tied(model, adapter)
+
+
+def _check_tied(model: nn.Module, adapter: AdapterFile) -> list[str]:
+    """What was trained as a copy of its own cannot be loaded into a weight that something else uses too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return [
+        f"{name} was trained apart from {', '.join(other for other in tied if other != name)}, and here they are tied: "
+        "untie them first (give the module a copy of its weight, and set config.tie_word_embeddings=False)"
+        for tied in names.values()
+        for name in tied
+        if len(tied) > 1 and name in adapter.apart
+    ]
+
+
+def without_copies(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """Without the embeddings that PEFT saves beside an adapter though it does not train them."""
+
+    def is_copy(name: str) -> bool:
+        try:
+            here = plain_parameter(model, name)
+        except AttributeError:
+            return False
+        saved = adapter.parameter(name)
+        return name not in adapter.apart and here.shape == saved.shape and bool((here.cpu() == saved).all())
+
+    trained = tuple(name for name in adapter.trained if find_state(model) is not None or not is_copy(name))
+    dropped = {PREFIX + name for name in set(adapter.trained) - set(trained)}
+    tensors = {key: value for key, value in adapter.tensors.items() if key not in dropped}
+    return dataclasses.replace(adapter, trained=trained, tensors=tensors)
+
+
+def listed(names: list[str]) -> str:
+    """A few of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
