@@ -261,3 +261,20 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert losses[-1] < 0.6 * losses[0]
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for tensor in saved.values())
+
+
+def test_sft_trl(tmp_path: Path, tiny_model: Path) -> None:
+    output = run("sft_trl.py", tiny_model, cwd=tmp_path)
+    assert "Is 101 even? Answer:" in output
+    saved = {path.name for path in (tmp_path / "sft-adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "checkpoint-20"} <= saved
+    oftv2.load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "sft-adapter")
+
+
+def test_qoft_trainer(tmp_path: Path, tiny_model: Path) -> None:
+    output = run("qoft_trainer.py", tiny_model, cwd=tmp_path)
+    assert "oft/orthogonality_error" in output
+    assert "trainable params: " in output
+    oftv2.load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "qoft-run" / "checkpoint-10")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "qoft-merged")
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
