@@ -1,8 +1,8 @@
 """The reference model of preference training (DPO and its like): the policy itself, without what it is learning.
 
 TRL's ``DPOTrainer`` would load the whole base model a second time, and not quantized at that, unless the policy is a
-``PeftModel`` or it is given a reference. A wrapped model is therefore given one by itself, as long as TRL is imported
-before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so many words.
+``PeftModel`` or it is given a reference. A wrapped model is therefore given one by itself, as long as ``DPOTrainer`` is
+imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so many words.
 """
 
 from __future__ import annotations
@@ -101,14 +101,11 @@ def reference_model(model: nn.Module) -> ReferenceModel:
 
 
 def serve_trl() -> None:
-    """Lets TRL's ``DPOTrainer``, if TRL is imported, take :func:`reference_model` where it is given no reference."""
-    if "trl" not in sys.modules:
+    """Lets TRL's ``DPOTrainer``, if it is imported, take :func:`reference_model` where it is given no reference."""
+    trainer: Any = sys.modules.get("trl.trainer.dpo_trainer")
+    if trainer is None or hasattr(trainer.DPOTrainer.__init__, "_oftv2"):
         return
-    from trl import DPOTrainer
-
-    original = DPOTrainer.__init__
-    if hasattr(original, "_oftv2"):
-        return
+    original = trainer.DPOTrainer.__init__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -126,4 +123,4 @@ def serve_trl() -> None:
         original(*bound.args, **bound.kwargs)
 
     __init__._oftv2 = True  # type: ignore[attr-defined]
-    DPOTrainer.__init__ = __init__  # type: ignore[method-assign]
+    trainer.DPOTrainer.__init__ = __init__
