@@ -2,7 +2,8 @@
 
 TRL's ``DPOTrainer`` would load the whole base model a second time, and not quantized at that, unless the policy is a
 ``PeftModel`` or it is given a reference. A wrapped model is therefore given one by itself, as long as ``DPOTrainer`` is
-imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so many words.
+imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so
+many words.
 """
 
 from __future__ import annotations
