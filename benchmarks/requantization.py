@@ -14,7 +14,8 @@ A base weight W (16-bit, or quantized as for QOFT and QLoRA) gets an update W′
 Blocks of 16, 32 and 64 inputs lie inside groups of 64, the unit in which NF4 takes its scales; 48, 96 and 192 straddle
 them. Updates are random (Gaussian generators; Gaussian A and B), or go the way of Adam's first step on a page of text
 (signs of the generators' gradients; B by the signs of its gradients, behind a Gaussian A), which has the outliers that
-real activations and gradients have. Neither is a finished training.
+real activations and gradients have. Neither is a finished training. The packaged SmolLM2 comes from 4-bit GGUF (Q4_1,
+groups of 32), so its "16-bit" weights are on a grid of their own.
 """
 
 from __future__ import annotations
