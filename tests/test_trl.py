@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -329,3 +332,33 @@ def test_a_trained_model_is_pickled(make_base, tmp_path):
         assert torch.equal(logits(other), expected)
         other.train()(input_ids=IDS, labels=IDS).loss.backward()
         assert all(value.grad is not None for value in generators(other).values())
+
+
+WITHOUT_PEFT = """
+import sys
+
+sys.modules["peft"] = None
+import trl, transformers
+from datasets import Dataset
+import oftv2
+
+assert not transformers.utils.is_peft_available()
+fields = dict(max_steps=2, save_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False)
+load = transformers.AutoModelForCausalLM.from_pretrained
+model = oftv2.wrap_model(load("base"), block_size=16)
+texts = Dataset.from_list([{"text": "one, two"}] * 4)
+trl.SFTTrainer(model, trl.SFTConfig("sft", **fields), train_dataset=texts).train()
+model = oftv2.load_adapter(load("base"), "sft/checkpoint-2", trainable=True)
+pairs = Dataset.from_list([{"prompt": "one,", "chosen": " two", "rejected": " six"}] * 4)
+trainer = trl.DPOTrainer(model, args=trl.DPOConfig("dpo", **fields), train_dataset=pairs)
+trainer.train()
+assert isinstance(trainer.ref_model, oftv2.ReferenceModel)
+oftv2.load_adapter(load("base"), "dpo/checkpoint-2")
+"""
+
+
+def test_peft_is_not_needed(base_folder):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_PEFT]
+    done = subprocess.run(command, cwd=base_folder.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
