@@ -30,6 +30,8 @@ class Backend:
         prepare: makes a layer ready to be trained through, when it is wrapped; returns the attributes that it changed,
             with the values that they get back when the adapter is taken off.
         blocks_gradient: why no gradient gets through the layer, or None.
+        recompute: whether its own product would keep the dequantized weight, or the input, until the backward pass: a
+            layer in training then dequantizes once more instead.
         probed: whether a layer is also tried out before it is trained through; not where that would change it.
     """
 
@@ -39,6 +41,7 @@ class Backend:
     requantize: Callable[[nn.Module, Tensor], nn.Module] | None = None
     prepare: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
     blocks_gradient: Callable[[nn.Module], str | None] = lambda module: None
+    recompute: bool = False
     probed: bool = True
 
 
@@ -250,13 +253,18 @@ BACKENDS = (
         _dequantize_torchao,
         _requantize_torchao,
         blocks_gradient=_torchao_activations,
+        recompute=True,
     ),
     Backend("torchao NF4", _holds("torchao", "NF4Tensor"), _dequantize_torchao_nf4),
     Backend("another tensor of torchao", _holds("torchao"), blocks_gradient=_torchao_activations),
-    Backend("optimum-quanto", _is_class("optimum.quanto", "QLinear"), _dequantize_quanto, _requantize_quanto),
-    Backend("HQQ", _is_class("hqq", "HQQLinear"), _dequantize_hqq, _requantize_hqq, _prepare_hqq),
-    Backend("GPTQModel", _is_class("gptqmodel", "TorchLinear"), _dequantize_gptq),
-    Backend("AWQ in GPTQModel", _is_class("gptqmodel", "AwqTorchLinear", "AwqGEMMLinear"), _dequantize_awq),
+    Backend(
+        "optimum-quanto", _is_class("optimum.quanto", "QLinear"), _dequantize_quanto, _requantize_quanto, recompute=True
+    ),
+    Backend("HQQ", _is_class("hqq", "HQQLinear"), _dequantize_hqq, _requantize_hqq, _prepare_hqq, recompute=True),
+    Backend("GPTQModel", _is_class("gptqmodel", "TorchLinear"), _dequantize_gptq, recompute=True),
+    Backend(
+        "AWQ in GPTQModel", _is_class("gptqmodel", "AwqTorchLinear", "AwqGEMMLinear"), _dequantize_awq, recompute=True
+    ),
     Backend("AWQ", _is_class("awq", "WQLinear_GEMM"), _dequantize_awq),
     Backend("AQLM", _is_class("aqlm", "QuantizedLinear"), _dequantize_aqlm),
     Backend(

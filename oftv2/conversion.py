@@ -139,7 +139,12 @@ def _added(layer: OFTLayer) -> tuple[Tensor, float]:
 def _weight(layer: OFTLayer) -> Tensor:
     base = layer.base_layer
     backend = find_backend(base)
-    weight = (backend.dequantize(base) if backend else base.weight.detach()).float()
+    if backend is not None and backend.dequantize is None:
+        raise AdapterError(
+            f"{layer.name}: the weight of this {type(base).__name__} cannot be read: give the unquantized model"
+        )
+    read = backend.dequantize if backend else None
+    weight = (read(base) if read else base.weight.detach()).float()
     return weight.mT.contiguous() if is_conv1d(base) else weight
 
 

@@ -38,6 +38,7 @@ class QuantOFTLinear(OFTLinear):
         super().__init__(base_layer, config, **kwargs)
         backend = find_backend(base_layer)
         self._prepared = {} if backend is None else backend.prepare(base_layer)
+        self._recompute = backend is not None and backend.recompute and not backend.blocks_gradient(base_layer)
         self.requantization_error: float | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -50,6 +51,13 @@ class QuantOFTLinear(OFTLinear):
             return super().forward(x, *args, **kwargs)
         y = super().forward(x.reshape(-1, x.shape[-1]), *args, **kwargs)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bias_trains = self.bias is not None and self.bias.requires_grad
+        trains = self._recompute and torch.is_grad_enabled() and rotated_x.requires_grad and not bias_trains
+        if not trains or args or kwargs or torch.compiler.is_compiling() or not self.unhooked():
+            return super().call_base(rotated_x, *args, **kwargs)
+        return _Product.apply(rotated_x, self.base_layer)
 
     def forms(self, dtype: torch.dtype, *, gradient: bool) -> tuple[str, ...]:
         base, bias = self.base_layer, self.bias
@@ -145,3 +153,21 @@ class QuantOFTLinear(OFTLinear):
         error = torch.linalg.norm(dequantize(merged) - weight) / torch.linalg.norm(weight)
         self.requantization_error = error.item()
         return merged.train(self.base_layer.training)
+
+
+class _Product(torch.autograd.Function):
+    """A frozen quantized layer's output; nothing is kept for the backward pass, which dequantizes the weight anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base_layer: nn.Module) -> Tensor:
+        ctx.base_layer, ctx.dtype = base_layer, x.dtype
+        return base_layer(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        backend = find_backend(ctx.base_layer)
+        assert backend is not None
+        assert backend.dequantize is not None
+        weight = backend.dequantize(ctx.base_layer).to(grad.dtype)
+        return (grad @ weight).to(ctx.dtype), None

@@ -124,20 +124,18 @@ def rotation_of(layer: QuantOFTLinear, packed: Tensor | None = None) -> Tensor:
     return reference.cayley_neumann(reference.skew(packed, layer.rotation.block_size), layer.rotation.terms)
 
 
+def parts(tensor: Tensor, name: str = "") -> list[tuple[str, Tensor]]:
+    """The ordinary tensors that a tensor consists of, by their path in it: itself, or those inside a subclass."""
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return [(name, tensor)]
+    inner = tensor.__tensor_flatten__()[0]
+    return [part for key in inner for part in parts(getattr(tensor, key), f"{name}.{key}")]
+
+
 def stored(module: nn.Module) -> dict[str, Tensor]:
     """Every tensor that a layer holds, inside tensor subclasses too, copied."""
-    found: dict[str, Tensor] = {}
-
-    def add(name: str, tensor: Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, nn.Parameter):
-            for part in tensor.__tensor_flatten__()[0]:
-                add(f"{name}.{part}", getattr(tensor, part))
-        else:
-            found[name] = tensor.detach().clone()
-
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        add(name, tensor)
-    return found
+    held = (*module.named_parameters(), *module.named_buffers())
+    return {path: part.detach().clone() for name, tensor in held for path, part in parts(tensor, name)}
 
 
 def assert_same_bits(module: nn.Module, before: dict[str, Tensor]) -> None:

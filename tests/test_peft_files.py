@@ -127,7 +127,7 @@ def test_peft_computes_the_same_from_a_saved_adapter(make, inputs, fields, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_adapter(trained, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, FILE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", CONFIG, FILE]
     theirs = from_peft(build(make), tmp_path)
     assert relative(answer(theirs, inputs), wanted) < 1e-6
     assert torch.equal(answer(load_adapter(build(make), tmp_path), inputs), wanted)
