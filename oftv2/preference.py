@@ -1,8 +1,9 @@
 """The reference model of preference training (DPO and its like): the policy itself, without what it is learning.
 
-TRL's ``DPOTrainer`` would load the whole base model a second time, and not quantized at that, unless the policy is a
-``PeftModel`` or it is given a reference. A wrapped model is therefore given one by itself, as long as TRL is imported
-before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so many words.
+TRL's ``DPOTrainer`` and ``KTOTrainer`` would load the whole base model a second time, and not quantized at that, unless
+the policy is a ``PeftModel`` or they are given a reference. A wrapped model is therefore given one by itself, as long
+as TRL is imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same
+in so many words.
 """
 
 from __future__ import annotations
@@ -101,14 +102,16 @@ def reference_model(model: nn.Module) -> ReferenceModel:
 
 
 def serve_trl() -> None:
-    """Lets TRL's ``DPOTrainer``, if TRL is imported, take :func:`reference_model` where it is given no reference."""
-    if "trl" not in sys.modules:
-        return
-    from trl import DPOTrainer
+    """Lets TRL's trainers that want a reference, if TRL is imported, take :func:`reference_model` by themselves."""
+    trl = sys.modules.get("trl")
+    for name in ("DPOTrainer", "KTOTrainer") if trl else ():
+        trainer_class = getattr(trl, name)
+        if not hasattr(trainer_class.__init__, "_oftv2"):
+            trainer_class.__init__ = _with_reference(trainer_class.__init__)
 
-    original = DPOTrainer.__init__
-    if hasattr(original, "_oftv2"):
-        return
+
+def _with_reference(original: Any) -> Any:
+    """A trainer's ``__init__`` that gives a wrapped model a reference where the caller gives none."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -126,4 +129,4 @@ def serve_trl() -> None:
         original(*bound.args, **bound.kwargs)
 
     __init__._oftv2 = True  # type: ignore[attr-defined]
-    DPOTrainer.__init__ = __init__  # type: ignore[method-assign]
+    return __init__

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer import dpo_trainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer, kto_trainer
 
 from byte_tokenizer import byte_tokenizer
 from conftest import randomize
@@ -194,6 +194,16 @@ class TestReference:
         model = wrap_model(load(base_folder, nf4=False), block_size=16)
         with pytest.raises(AdapterError, match="sync_ref_model"):
             dpo(model, tmp_path, sync_ref_model=True)
+
+
+def test_kto_takes_the_same_reference(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(kto_trainer, "create_model_from_path", None)
+    model = wrap_model(load(base_folder, nf4=False), block_size=16)
+    rows = [{"prompt": f"{n}?", "completion": " yes" if n % 2 else " no", "label": bool(n % 2)} for n in range(8)]
+    trainer = KTOTrainer(model, args=arguments(KTOConfig, tmp_path), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    assert trainer.ref_model.policy is model
+    assert all(value.any() for value in generators(model).values())
 
 
 def test_a_plain_model_still_gets_its_second_copy(base_folder, tmp_path):
