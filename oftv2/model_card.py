@@ -60,6 +60,11 @@ def _card(manifest: dict[str, Any]) -> str:
     }
     table = "\n".join(f"| {field} | {value} |" for field, value in rows.items())
     header = "\n".join(metadata)
+    peft = (
+        "PEFT (0.18 and up) reads it too: `PeftModel.from_pretrained(model, …)`.\n\n"
+        if manifest["layout"] == "peft"
+        else ""
+    )
     return f"""---
 {header}
 ---
@@ -81,7 +86,7 @@ oftv2.load_adapter(model, snapshot_download("user/name-of-this-repository"))  # 
 oftv2.merge(model)  # optional: a plain model again, without any overhead
 ```
 
-## Configuration
+{peft}## Configuration
 
 | | |
 |---|---|

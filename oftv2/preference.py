@@ -1,9 +1,9 @@
 """The reference model of preference training (DPO and its like): the policy itself, without what it is learning.
 
-TRL's ``DPOTrainer`` would load the whole base model a second time, and not quantized at that, unless the policy is a
-``PeftModel`` or it is given a reference. A wrapped model is therefore given one by itself, as long as ``DPOTrainer`` is
-imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so
-many words.
+TRL's ``DPOTrainer`` and ``KTOTrainer`` would load the whole base model a second time, and not quantized at that, unless
+the policy is a ``PeftModel`` or they are given a reference. A wrapped model is therefore given one by itself, as long
+as the trainer is imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says
+the same in so many words.
 """
 
 from __future__ import annotations
@@ -102,11 +102,15 @@ def reference_model(model: nn.Module) -> ReferenceModel:
 
 
 def serve_trl() -> None:
-    """Lets TRL's ``DPOTrainer``, if it is imported, take :func:`reference_model` where it is given no reference."""
-    trainer: Any = sys.modules.get("trl.trainer.dpo_trainer")
-    if trainer is None or hasattr(trainer.DPOTrainer.__init__, "_oftv2"):
-        return
-    original = trainer.DPOTrainer.__init__
+    """Lets TRL's trainers that want a reference, if they are imported, take :func:`reference_model` by themselves."""
+    for module, name in (("dpo_trainer", "DPOTrainer"), ("kto_trainer", "KTOTrainer")):
+        trainer_class: Any = getattr(sys.modules.get(f"trl.trainer.{module}"), name, None)
+        if trainer_class is not None and not hasattr(trainer_class.__init__, "_oftv2"):
+            trainer_class.__init__ = _with_reference(trainer_class.__init__)
+
+
+def _with_reference(original: Any) -> Any:
+    """A trainer's ``__init__`` that gives a wrapped model a reference where the caller gives none."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -124,4 +128,4 @@ def serve_trl() -> None:
         original(*bound.args, **bound.kwargs)
 
     __init__._oftv2 = True  # type: ignore[attr-defined]
-    trainer.DPOTrainer.__init__ = __init__
+    return __init__

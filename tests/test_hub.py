@@ -77,6 +77,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tiny_llama, tmp_path):
     assert set(metadata["tags"]) == {"oftv2", "oft", "orthogonal-finetuning"}
     assert 'AutoModelForCausalLM.from_pretrained("someone/tiny-llama")' in text
     assert "oftv2.load_adapter(" in text
+    assert "PeftModel.from_pretrained(" in text
     assert "| adapted layers | 4 |" in text
     assert "| `block_size` | `16` |" in text
     assert r"(q_proj\|v_proj)" in text  # a table's column would end there
@@ -88,6 +89,8 @@ def test_a_base_that_is_a_folder_here_is_not_named_as_one_of_the_hub(tiny_llama,
     assert str(tmp_path) not in text
     _, text = parts(save_adapter(wrap_model(nn.Sequential(nn.Linear(64, 4))), tmp_path / "plain") / "README.md")
     assert "`Sequential`" in text
+    folder = save_adapter(wrapped(tiny_llama), tmp_path / "own", format="oftv2")
+    assert "PeftModel" not in (folder / "README.md").read_text()
 
 
 def test_a_card_is_renewed_until_somebody_edits_it(tiny_llama, tmp_path):

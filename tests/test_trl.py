@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer import dpo_trainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer, kto_trainer
 
 from byte_tokenizer import byte_tokenizer
 from conftest import randomize
@@ -193,6 +196,16 @@ class TestReference:
             dpo(model, tmp_path, sync_ref_model=True)
 
 
+def test_kto_takes_the_same_reference(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(kto_trainer, "create_model_from_path", None)
+    model = wrap_model(load(base_folder, nf4=False), block_size=16)
+    rows = [{"prompt": f"{n}?", "completion": " yes" if n % 2 else " no", "label": bool(n % 2)} for n in range(8)]
+    trainer = KTOTrainer(model, args=arguments(KTOConfig, tmp_path), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    assert trainer.ref_model.policy is model
+    assert all(value.any() for value in generators(model).values())
+
+
 def test_a_plain_model_still_gets_its_second_copy(base_folder, tmp_path):
     wrap_model(load(base_folder, nf4=False), block_size=16)
     trainer = dpo(load(base_folder, nf4=False), tmp_path)
@@ -329,3 +342,33 @@ def test_a_trained_model_is_pickled(make_base, tmp_path):
         assert torch.equal(logits(other), expected)
         other.train()(input_ids=IDS, labels=IDS).loss.backward()
         assert all(value.grad is not None for value in generators(other).values())
+
+
+WITHOUT_PEFT = """
+import sys
+
+sys.modules["peft"] = None
+import trl, transformers
+from datasets import Dataset
+import oftv2
+
+assert not transformers.utils.is_peft_available()
+fields = dict(max_steps=2, save_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False)
+load = transformers.AutoModelForCausalLM.from_pretrained
+model = oftv2.wrap_model(load("base"), block_size=16)
+texts = Dataset.from_list([{"text": "one, two"}] * 4)
+trl.SFTTrainer(model, trl.SFTConfig("sft", **fields), train_dataset=texts).train()
+model = oftv2.load_adapter(load("base"), "sft/checkpoint-2", trainable=True)
+pairs = Dataset.from_list([{"prompt": "one,", "chosen": " two", "rejected": " six"}] * 4)
+trainer = trl.DPOTrainer(model, args=trl.DPOConfig("dpo", **fields), train_dataset=pairs)
+trainer.train()
+assert isinstance(trainer.ref_model, oftv2.ReferenceModel)
+oftv2.load_adapter(load("base"), "dpo/checkpoint-2")
+"""
+
+
+def test_peft_is_not_needed(base_folder):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_PEFT]
+    done = subprocess.run(command, cwd=base_folder.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
