@@ -110,6 +110,22 @@ def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 3) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def build(make, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A model with the same weights every time."""
+    torch.manual_seed(11)
+    return make().to(dtype).eval()
+
+
+def perturb(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every trainable parameter other values, as training would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
     """‖actual − expected‖ ≤ relative · ‖expected‖, in float64."""
     error = torch.linalg.vector_norm(actual.double() - expected.double())

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from conftest import build, perturb
 from oftv2 import (
     AdapterError,
     ConfigError,
@@ -56,20 +57,6 @@ def suffixes():
     """Names of which each is the end of another."""
     model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.ModuleDict({"a": nn.Linear(32, 32)})})
     model.forward = lambda x: model["b"]["a"](model["a"](x))
-    return model
-
-
-def build(make, dtype=torch.float32):
-    torch.manual_seed(11)
-    return make().to(dtype).eval()
-
-
-def perturb(model):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import randomize
+from conftest import build, perturb, randomize
 from oftv2 import (
     AdapterError,
     OFTConfig,
@@ -68,21 +68,6 @@ CASES = {
         {"block_size": 8, "neumann_terms": 6, "constraint": 0.3, "scale_generators": True, "dropout": 0.2},
     ),
 }
-
-
-def build(make, dtype=torch.float32):
-    torch.manual_seed(11)
-    return make().to(dtype).eval()
-
-
-def perturb(model):
-    """Gives every trainable parameter other values, as training would."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @torch.no_grad()
