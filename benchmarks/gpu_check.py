@@ -100,13 +100,14 @@ def main() -> None:
     import gpu_kernels
     import gpu_layers
     import gpu_measure
+    import gpu_models
 
     rows = [] if args.skip_tests else [run_tests(folder)]
     settings = gpu_measure.Settings(torch.device(args.device), quick=args.quick)
     suites = [
         *(gpu_kernels.determinism, gpu_kernels.kernels, gpu_kernels.nf4_kernels),
         *(gpu_layers.decoder, gpu_layers.decoder_nf4, gpu_layers.decoding, gpu_layers.decoding_nf4),
-        *(gpu_layers.saved, gpu_layers.launches),
+        *(gpu_layers.saved, gpu_layers.launches, gpu_models.steps, gpu_models.steps_nf4),
     ]
     for suite in suites:
         start = time.perf_counter()

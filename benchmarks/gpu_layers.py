@@ -53,7 +53,7 @@ def decoder(settings: Settings) -> list[dict[str, object]]:
 def decoder_nf4(settings: Settings) -> list[dict[str, object]]:
     """The same on an NF4 base."""
     goals = {"frozen": 1.03, "peft-lora": 0.90, "peft-oft": 0.50}
-    return [found for model in settings.models for found in _decoder(settings, model, _linear_nf4, "NF4", goals)]
+    return [found for model in settings.models for found in _decoder(settings, model, linear_nf4, "NF4", goals)]
 
 
 def _decoder(
@@ -85,14 +85,15 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _linear_nf4(weight: Tensor) -> nn.Module:
+def linear_nf4(weight: Tensor) -> nn.Module:
     """bitsandbytes' NF4 layer of an existing weight."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingError("wants bitsandbytes")
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-    layer = Linear4bit(weight.shape[1], weight.shape[0], False, compute_dtype=weight.dtype, quant_type="nf4")
-    layer.load_state_dict({"weight": weight.cpu()})
+    with torch.device("meta"):
+        layer: nn.Module = Linear4bit(*reversed(weight.shape), False, compute_dtype=weight.dtype, quant_type="nf4")
+    layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
     return layer.to(weight.device)
 
 
@@ -103,7 +104,7 @@ def decoding(settings: Settings) -> list[dict[str, object]]:
 
 def decoding_nf4(settings: Settings) -> list[dict[str, object]]:
     """The same on an NF4 base."""
-    return [found for model in settings.models for found in _decoding(settings, model, _linear_nf4, "NF4")]
+    return [found for model in settings.models for found in _decoding(settings, model, linear_nf4, "NF4")]
 
 
 def _decoding(

@@ -64,13 +64,15 @@ def at_least(what: str, goal: float, figure: float) -> dict[str, object]:
     return row(what, f">= {goal:g}", figure, figure >= goal)
 
 
-def medians(settings: Settings, runs: dict[str, Callable[[int], object]]) -> dict[str, float]:
+def medians(settings: Settings, runs: dict[str, Callable[[int], object]], *, few: bool = False) -> dict[str, float]:
     """Median seconds of each, interleaved; a run is given the number of its round, to choose its inputs by.
+
+    ``few`` rounds are enough for what takes a good part of a second.
 
     On a GPU by events, behind a pause in the queue that hides how long Python takes to launch.
     """
     samples: dict[str, list[Any]] = {name: [] for name in runs}
-    for round_ in range(settings.rounds + 3):
+    for round_ in range((5 if few and settings.real else settings.rounds) + 3):
         for name, run in runs.items() if round_ % 2 else reversed(runs.items()):
             if settings.real:
                 torch.cuda._sleep(4_000_000)

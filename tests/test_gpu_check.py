@@ -34,6 +34,8 @@ def test_every_suite_runs_and_is_written_down(tmp_path):
         "NF4: oft over peft-oft",
         "decoding 16 tokens, tiny down (128 -> 64), NF4",
         "saved for backward by q, k and v",
+        "step of tiny, bf16, 2 x 16: oft over peft-lora",
+        "step of tiny, NF4, 2 x 16, checkpointing: oft over peft-lora",
     ):
         assert part in what
     with open(tmp_path / "out.csv", newline="") as file:
