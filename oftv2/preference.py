@@ -2,7 +2,7 @@
 
 TRL's ``DPOTrainer`` and ``KTOTrainer`` would load the whole base model a second time, and not quantized at that, unless
 the policy is a ``PeftModel`` or they are given a reference. A wrapped model is therefore given one by itself, as long
-as the trainer is imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says
+as TRL is imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says
 the same in so many words.
 """
 
@@ -102,10 +102,15 @@ def reference_model(model: nn.Module) -> ReferenceModel:
 
 
 def serve_trl() -> None:
-    """Lets TRL's trainers that want a reference, if they are imported, take :func:`reference_model` by themselves."""
-    for module, name in (("dpo_trainer", "DPOTrainer"), ("kto_trainer", "KTOTrainer")):
-        trainer_class: Any = getattr(sys.modules.get(f"trl.trainer.{module}"), name, None)
-        if trainer_class is not None and not hasattr(trainer_class.__init__, "_oftv2"):
+    """Lets TRL's trainers that want a reference, if TRL is imported, take :func:`reference_model` by themselves."""
+    if (trl := sys.modules.get("trl")) is None:
+        return
+    for name in ("DPOTrainer", "KTOTrainer"):
+        try:
+            trainer_class = getattr(trl, name)
+        except (ImportError, RuntimeError, AttributeError):  # what cannot be imported here cannot be used either
+            continue
+        if not hasattr(trainer_class.__init__, "_oftv2"):
             trainer_class.__init__ = _with_reference(trainer_class.__init__)
 
 
