@@ -87,7 +87,8 @@ def section() -> str:
     layer = json.loads((RESULTS / "layer-cpu.json").read_text())
     about = layer["machine"]
     versions = about["versions"]
-    return f"""The main job on two cores (`python examples/finetune.py --compare`: same data, steps and seed; one seed):
+    return f"""The main job on two cores (`python examples/finetune.py --compare`: same data, steps and seed; one seed;
+taken before the rotation's CPU path was reworked, so its speed is that of the version before):
 
 {finetune_table(finetune)}
 
