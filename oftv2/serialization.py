@@ -25,6 +25,7 @@ from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, describe_base
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, without_copies
+from .gradient_check import check_gradients
 from .model_card import write_card
 from .peft_format import peft_layout
 from .reading import read_adapter
@@ -160,7 +161,8 @@ def load_adapter(
 
     Raises:
         AdapterError: one error that lists all that is wrong: unreadable or truncated files, missing and unexpected
-            tensors, shapes, NaN or Inf, layers that the model lacks, other base weights.
+            tensors, shapes, NaN or Inf, layers that the model lacks, other base weights. With ``trainable=True`` also
+            a layer that lets no gradient through.
     """
     adapter = read_adapter(folder, as_trained=as_trained)
     if adapter.origin not in ("oftv2", "PEFT"):
@@ -174,6 +176,8 @@ def load_adapter(
         check_model(model, adapter_name)
         problems, targets = compare_plain(model, adapter)
     problems = check_tensors(adapter) + problems + check_trained(model, adapter)
+    if trainable and not problems:
+        check_gradients(_base_layers(model, targets))
     if check_base and not problems:
         problems += compare_base(model, adapter.base)
     if problems:
@@ -186,6 +190,12 @@ def load_adapter(
     for note in adapter.notes:
         warnings.warn(f"{folder}: {note}", PeftFormatWarning, stacklevel=2)
     return model
+
+
+def _base_layers(model: nn.Module, targets: list[Target]) -> dict[str, nn.Module]:
+    """What is to be adapted in a plain model, or is in a wrapped one, by its path."""
+    layers = {path: layer.base_layer for path, layer in oft_layers(model)}
+    return layers | {target.name: target.module for target in targets}
 
 
 @torch.no_grad()
