@@ -1,4 +1,4 @@
-"""``python -m oftv2``: look at adapters, and convert them."""
+"""``python -m oftv2``: look at adapters, convert them, and merge them into models on disk."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from .checkpoint_merge import merge_checkpoint
 from .conversion import LayerConversion, save_as_lora
 from .errors import AdapterError
 from .inspection import inspect_adapter
 from .serialization import load_adapter, save_adapter
 
 _MAX_LAYERS = 12
+DTYPES = ("float32", "bfloat16", "float16")
 
 INSPECT_EXAMPLES = """examples:
   python -m oftv2 inspect adapter/
@@ -30,10 +33,17 @@ CONVERT_EXAMPLES = """examples:
 
 A LoRA is an approximation of a rotation: the error of each layer is printed, and the rank from which there is none.
 """
+MERGE_EXAMPLES = """examples:
+  python -m oftv2 merge path/to/base adapter/ merged/
+  python -m oftv2 merge HuggingFaceTB/SmolLM2-135M adapter/ merged/ --dtype bfloat16
+
+The base model is not loaded: memory is needed for its largest tensor, twice. OUT appears when it is complete; run the
+same command again to go on with a merge that was stopped. The result is a plain model of transformers'.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 1 for an error (argparse itself exits with 2)."""
+    """Runs a command; returns the exit code: 0, 1 for an error, 130 if it was stopped (a wrong usage exits with 2)."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -42,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         except (AdapterError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
     return 0
 
 
@@ -64,7 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--as-trained", action="store_true", help="PEFT before 0.18: the series it was trained with")
     convert.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
     convert.add_argument("--force", action="store_true", help="overwrite what is in OUT")
-    convert.set_defaults(command=_convert)
+    convert.set_defaults(command=_convert, usage_error=convert.error)
+
+    merge = _command(commands, "merge", "a model on disk with an adapter in its weights", MERGE_EXAMPLES)
+    merge.add_argument("base", help="the base model in safetensors: a folder or a name on the hub")
+    merge.add_argument("adapter", help="a folder of oftv2's or PEFT's, or a single safetensors file")
+    merge.add_argument("out", type=Path, help="the folder to write")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights; by default, each as it is in BASE")
+    merge.add_argument("--as-trained", action="store_true", help="PEFT before 0.18: the series it was trained with")
+    merge.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
+    merge.add_argument("--force", action="store_true", help="replace a model in OUT, once the new one is complete")
+    merge.set_defaults(command=_merge)
     return parser
 
 
@@ -77,7 +100,7 @@ def _convert(options: argparse.Namespace) -> None:
     sized = options.rank is not None or options.tolerance is not None
     if sized != (options.to == "lora"):
         wanted = "needs --rank or --tolerance" if options.to == "lora" else "takes no --rank and no --tolerance"
-        raise AdapterError(f"--to {options.to} {wanted}")
+        options.usage_error(f"--to {options.to} {wanted}")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())) and not options.force:
         raise AdapterError(f"{options.out} exists and is not empty: choose another folder, or use --force")
     model = load_base(options.base)
@@ -87,6 +110,22 @@ def _convert(options: argparse.Namespace) -> None:
         print(describe(report))
     else:
         save_adapter(model, options.out, format=options.to)
+    print(f"written to {options.out}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    notes = merge_checkpoint(
+        options.base,
+        options.adapter,
+        options.out,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        check_base=not options.no_check_base,
+        as_trained=options.as_trained,
+        force=options.force,
+        progress=_bytes_progress,
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"written to {options.out}")
 
 
@@ -126,6 +165,12 @@ def _progress(layers: Iterable[Any]) -> Iterable[Any]:
     except ImportError:  # it comes with transformers
         return layers
     return tqdm(layers, desc="layers", unit="layer")
+
+
+def _bytes_progress(size: int) -> Any:
+    from tqdm import tqdm  # comes with transformers, without which no model is merged
+
+    return tqdm(total=size, desc="merging", unit="B", unit_scale=True)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -21,10 +21,10 @@ from .adapter_file import (
     AdapterFile,
     write_atomically,
 )
-from .base import DEFAULT_ADAPTER
+from .base import DEFAULT_ADAPTER, OFTLayer
 from .base_check import compare_base, describe_base
 from .errors import AdapterError, PeftFormatWarning
-from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, without_copies
+from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, refuse, without_copies
 from .model_card import write_card
 from .peft_format import peft_layout
 from .reading import read_adapter
@@ -95,7 +95,7 @@ def save_adapter(
         "config": state.configs[name].to_dict(),
         "block_sizes": {path: layer.rotations[name].block_size for path, layer in layers.items()},
         "trained_parameters": list(trained),
-        "base": describe_base(model, {path: layer.base_layer for path, layer in layers.items()}),
+        "base": describe_base(model, _frozen_layers(model, layers, trained)),
     }
     data = safetensors.torch.save(
         {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
@@ -109,6 +109,13 @@ def save_adapter(
     write_atomically(target / CONFIG_FILE, (json.dumps(description or manifest, indent=2) + "\n").encode())
     write_card(target, manifest)
     return target
+
+
+def _frozen_layers(model: nn.Module, layers: dict[str, OFTLayer], trained: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The base layers whose weight is the base model's: one tied to a head that trains is not."""
+    training = {id(plain_parameter(model, name)) for name in trained}
+    bases = {path: layer.base_layer for path, layer in layers.items()}
+    return {path: base for path, base in bases.items() if id(base._parameters.get("weight")) not in training}
 
 
 def _in_peft_layout(
@@ -176,10 +183,7 @@ def load_adapter(
     problems = check_tensors(adapter) + problems + check_trained(model, adapter)
     if check_base and not problems:
         problems += compare_base(model, adapter.base)
-    if problems:
-        more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        lines = "\n  ".join(problems[:_MAX_LISTED])
-        raise AdapterError(f"the adapter in {folder} does not fit, and nothing was loaded:\n  {lines}{more}")
+    refuse(f"the adapter in {folder} does not fit, and nothing was loaded", problems)
     if not wrapped:
         install(model, adapter.config, targets, adapter_name, trained=adapter.trained)
     _copy(model, adapter, adapter_name, trainable if trainable is not None or wrapped else False)
