@@ -313,7 +313,8 @@ def rotated(weight: Tensor, delta: Tensor) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
-            blocks = weight[part].to(wide).unflatten(1, delta.shape[:2]).transpose(0, 1)
+            # A copy in any case: products round by how memory is aligned, and that of mapped files is as it happens.
+            blocks = weight[part].to(wide, copy=True).unflatten(1, delta.shape[:2]).transpose(0, 1)
             out[part] = torch.baddbmm(blocks, blocks, delta).transpose(0, 1).flatten(1).to(weight.dtype)
     return out
 

@@ -79,14 +79,12 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """One floating-point tensor, in memory of its own."""
         entry = self.entries[name]
-        if not entry.size:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        data = bytearray(entry.size)
+        data = torch.empty(entry.size, dtype=torch.uint8)  # torch's own memory is aligned, which products depend on
         with open(self.path, "rb") as file:
             file.seek(self._starts[name])
-            if file.readinto(data) != entry.size:
+            if file.readinto(data.numpy().data) != entry.size:
                 raise AdapterError(f"{self.path} ends in the middle of {name}")
-        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        return data.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor of any dtype, a few megabytes at a time."""
