@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import huggingface_hub.constants
 import peft
 import pytest
 import safetensors
@@ -19,24 +14,27 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import oftv2
-from conftest import ROOT, perturb, randomize
+from conftest import perturb
+from merging import (
+    SMALL,
+    assert_same_state,
+    base_and_adapter,
+    llama_model,
+    make_adapter,
+    make_base,
+    merged_in_memory,
+    run,
+)
 from oftv2 import load_adapter, save_adapter, wrap_model
-from oftv2.__main__ import main
-from oftv2.checkpoint_merge import merge_checkpoint
 from oftv2.safetensors_stream import TensorFile
 from peers import output, relative
 
 IDS = torch.arange(3, 15).view(2, 6)
-SMALL = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @torch.no_grad()
 def answer(model):
     return output(model.eval()(IDS))
-
-
-def llama(tiny_llama, **fields):
-    return lambda: tiny_llama(**fields)
 
 
 def gpt2():
@@ -58,22 +56,6 @@ def bert():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=128, num_labels=5, **sizes)
     return transformers.BertForSequenceClassification(config)
-
-
-def resnet():
-    torch.manual_seed(1)
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    return transformers.ResNetForImageClassification(config)
-
-
-def llama_model(**fields):
-    def make():
-        torch.manual_seed(1)
-        sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
-        config = transformers.LlamaConfig(**SMALL, **sizes, num_attention_heads=4, num_key_value_heads=2, **fields)
-        return transformers.LlamaForCausalLM(config)
-
-    return make
 
 
 TIED = {"tie_word_embeddings": True}
@@ -114,38 +96,6 @@ MODELS = {
 }
 
 
-def make_base(make, dtype, folder, **options):
-    model = make().to(dtype)
-    model.save_pretrained(folder, **options)
-    return type(model)
-
-
-def make_adapter(cls, base, folder, fields, **options):
-    model = wrap_model(cls.from_pretrained(base, dtype="auto"), **fields)
-    randomize(model)
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and "generators" not in n]
-    with torch.no_grad():
-        for _, parameter in trained:
-            parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter))
-    save_adapter(model, folder, format="oftv2", **options)
-
-
-def merged_in_memory(cls, base, adapter):
-    return oftv2.merge(load_adapter(cls.from_pretrained(base, dtype="auto"), adapter))
-
-
-def run(*arguments):
-    return main(["merge", *map(str, arguments)])
-
-
-def assert_same_state(one, other):
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert value.dtype == second[name].dtype, name
-        assert torch.equal(value, second[name]), name
-
-
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
 @pytest.mark.parametrize(("make", "dtype", "fields"), MODELS.values(), ids=MODELS.keys())
 def test_the_result_is_what_merging_in_memory_gives_bit_for_bit(make, dtype, fields, sharded, tmp_path):
@@ -157,3 +107,171 @@ def test_the_result_is_what_merging_in_memory_gives_bit_for_bit(make, dtype, fie
     merged = cls.from_pretrained(out, dtype="auto")
     assert_same_state(merged, merged_in_memory(cls, base, adapter))
     assert not torch.equal(answer(merged), answer(cls.from_pretrained(base, dtype="auto")))
+
+
+# ---------------------------------------------------------------------------------------------- heads, classes, PEFT
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return base_and_adapter(tmp_path)
+
+
+def classifier(base, **options):
+    torch.manual_seed(2)
+    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, **options)
+
+
+@pytest.mark.parametrize("size", ["1GB", "100KB"])
+def test_a_head_that_the_base_lacks_is_added(size, tmp_path, capsys):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    make_base(llama_model(), torch.bfloat16, base, max_shard_size=size)
+    model = wrap_model(classifier(base, dtype="auto"), block_size=16)
+    perturb(model)
+    save_adapter(model, adapter)
+    assert run(base, adapter, out) == 0
+    said = capsys.readouterr().err
+    assert "score.weight added: the merged model is a LlamaForSequenceClassification" in said
+    assert "lm_head.weight left out" in said
+    merged = AutoModelForSequenceClassification.from_pretrained(out, dtype="auto")
+    assert merged.config.num_labels == 3
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    assert_same_state(merged, oftv2.merge(model))
+    if size == "100KB":
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        files = {name: TensorFile(out / name) for name in set(index["weight_map"].values())}
+        assert {path.name for path in out.glob("*.safetensors")} == set(files)
+        assert index["weight_map"] == {key: name for name, file in files.items() for key in file.entries}
+        assert index["metadata"]["total_size"] == sum(e.size for f in files.values() for e in f.entries.values())
+        assert index["metadata"]["total_parameters"] == sum(p.numel() for p in merged.parameters())
+
+
+def peft_adapter(model, folder, **fields):
+    """An adapter of PEFT's with random values, and what PEFT's model with it answers before and after PEFT's merge."""
+    model = peft.get_peft_model(model, peft.OFTConfig(oft_block_size=16, **fields))
+    perturb(model)
+    model.save_pretrained(folder)
+    before = answer(model)
+    return before, answer(model.merge_and_unload())
+
+
+PEFT = {
+    "linear": (
+        llama_model(),
+        AutoModelForCausalLM,
+        {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"},
+    ),
+    "tied-head-trained-apart": (
+        llama_model(**TIED),
+        AutoModelForCausalLM,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "task": (llama_model(), classifier, {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
+    "class": (llama_model(), classifier, {"target_modules": ["q_proj"], "modules_to_save": ["score"]}),
+}
+
+
+@pytest.mark.parametrize(("make", "load", "fields"), PEFT.values(), ids=PEFT.keys())
+def test_adapters_of_pefts(make, load, fields, tmp_path):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    make_base(make, torch.float32, base)
+    load = getattr(load, "from_pretrained", load)
+    before, merged = peft_adapter(load(base), adapter, **fields)
+    assert run(base, adapter, out) == 0
+    result = answer((load if load is not classifier else AutoModelForSequenceClassification.from_pretrained)(out))
+    assert relative(result, before) < 1e-5
+    assert relative(result, merged) < 1e-5
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ("q_proj", "lm_head")}], ids=["body", "head"])
+@pytest.mark.parametrize("make", [llama_model(**TIED), gpt2], ids=["llama", "gpt2"])
+def test_a_base_that_was_saved_without_its_head(make, fields, tmp_path):
+    """GPT-2's own checkpoint is of this kind: its names lack the prefix that the model with a head has."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    model = make()
+    model.base_model.save_pretrained(base)
+    if fields and make is gpt2:
+        fields = {"target_modules": ("c_attn", "lm_head")}
+    make_adapter(type(model), base, adapter, {"block_size": 8, **fields})
+    assert run(base, adapter, out) == 0
+    assert_same_state(type(model).from_pretrained(out), merged_in_memory(type(model), base, adapter))
+
+
+def test_an_adapter_on_the_body_alone(tmp_path):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    cls = make_base(llama_model(), torch.float32, base)
+    make_adapter(transformers.AutoModel, base, adapter, {"block_size": 16})
+    assert run(base, adapter, out) == 0
+    expected = merged_in_memory(transformers.AutoModel, base, adapter)
+    assert_same_state(transformers.AutoModel.from_pretrained(out), expected)
+    full = cls.from_pretrained(out)
+    assert_same_state(full.model, expected)
+    assert torch.equal(full.lm_head.weight, cls.from_pretrained(base).lm_head.weight)
+
+
+# ---------------------------------------------------------------------------------------------- dtypes, other files
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_dtype(stored, wanted, tmp_path):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    cls = make_base(llama_model(), stored, base)
+    make_adapter(cls, base, adapter, {"block_size": 16})
+    assert run(base, adapter, out, "--dtype", wanted) == 0
+    wide = oftv2.merge(load_adapter(cls.from_pretrained(base, dtype=torch.float32), adapter))
+    merged = cls.from_pretrained(out, dtype="auto")
+    assert merged.dtype == getattr(torch, wanted)
+    assert_same_state(merged, wide.to(getattr(torch, wanted)))  # rounded once
+    with safetensors.safe_open(out / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {getattr(torch, wanted)}  # noqa: SIM118
+        assert file.metadata()["format"] == "pt"
+
+
+def test_everything_else_in_the_base_comes_along(saved, capsys):
+    base = saved / "base"
+    kept = {
+        "tokenizer.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "generation_config.json": '{"max_length": 7}',
+        "modeling_own.py": "x = 1",
+        "LICENSE": "free",
+    }
+    left = ["pytorch_model.bin", "optimizer.pt", "adapter_config.json", ".git/HEAD", "onnx/model.onnx", "README.md"]
+    for name in (*kept, *left):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(kept.get(name, "---\nlicense: mit\ntags: [x]\n---\n# Base\n"))
+    assert run(base, saved / "adapter", saved / "out") == 0
+    said = capsys.readouterr()
+    assert f"written to {saved / 'out'}" in said.out
+    assert "merging: 100%" in said.err
+    assert "not copied" in said.err
+    assert all(name.split("/")[0] in said.err for name in left)
+    found = {str(path.relative_to(saved / "out")) for path in (saved / "out").rglob("*") if path.is_file()}
+    weights = {path.name for path in base.glob("model*")}
+    assert found == {*kept, *weights, "config.json", "README.md"}
+    assert all((saved / "out" / name).read_text() == text for name, text in kept.items())
+    card = (saved / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "14 layers" in card
+    assert list(saved.glob(".*")) == []
+
+
+def test_a_model_of_the_hub_from_the_cache(saved, monkeypatch):
+    repo = saved / "cache" / "models--someone--model"
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    (saved / "base").rename(repo / "blobs")
+    snapshot.mkdir()
+    for path in (repo / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(saved / "cache"))
+    assert run("someone/model", saved / "adapter", saved / "out") == 0
+    assert "base_model: someone/model" in (saved / "out" / "README.md").read_text()
+    assert not any(path.is_symlink() for path in (saved / "out").iterdir())
+    expected = merged_in_memory(AutoModelForCausalLM, snapshot, saved / "adapter")
+    assert_same_state(AutoModelForCausalLM.from_pretrained(saved / "out"), expected)
