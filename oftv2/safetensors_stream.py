@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -137,12 +138,18 @@ def write_tensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            written = 0
-            for piece in pieces(name):
-                file.write(piece)
-                written += len(piece)
-                progress(len(piece))
+            written = _write_all(file, pieces(name), progress)
             if written != entries[name].size:
                 raise RuntimeError(f"{name}: {written} bytes where {entries[name].size} were announced")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_all(file: BinaryIO, pieces: Iterable[bytes | memoryview], progress: Callable[[int], object]) -> int:
+    """On its own, so that nothing of a tensor is held any more while the next one is made."""
+    written = 0
+    for piece in pieces:
+        file.write(piece)
+        written += len(piece)
+        progress(len(piece))
+    return written

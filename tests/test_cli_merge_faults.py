@@ -349,11 +349,11 @@ import re, sys
 from oftv2.__main__ import main
 def status(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-small, base, adapter, out = sys.argv[1:]
-assert main(["merge", small, adapter, out + "-small", "--no-check-base"]) == 1  # everything is imported by now
+folder = sys.argv[1]
+assert main(["merge", *(f"{folder}/{name}" for name in ("base", "adapter", "small"))]) == 0  # imports everything
 open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
 before = status("VmRSS")
-assert main(["merge", base, adapter, out]) == 0
+assert main(["merge", *(f"{folder}/{name}" for name in ("large", "large-adapter", "out"))]) == 0
 print("peak", status("VmHWM") - before)
 """
 
@@ -392,11 +392,9 @@ def test_memory_is_for_the_largest_tensor_and_not_for_a_file(saved):
     (adapter / "adapter_config.json").write_text(
         json.dumps({**description, "target_modules": ["q_proj"], "num_cayley_neumann_terms": 6})
     )
-    command = [sys.executable, "-c", MEMORY, *map(str, (saved / "base", base, adapter, saved / "out"))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=saved)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(saved)], capture_output=True, text=True, cwd=saved)
     assert done.returncode == 0, done.stderr
     peak = float(done.stdout.split()[-1])
     own = sum(tensor.numel() * 4 for tensor in generators.values()) / 2**20
-    print(f"peak {peak:.0f} MB, the adapter is {own:.0f} MB")
     largest = 2 * hidden * inner / 2**20
-    assert peak < own + 5 * largest
+    assert peak < own + 4 * largest
