@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .adapter_file import CONFIG_FILE
+from .checkpoint_quantized import DequantizedFile
 from .errors import AdapterError
 from .safetensors_stream import Entry, TensorFile
 
@@ -52,6 +55,7 @@ class Checkpoint:
         files: its weights by file name.
         index: what its index file holds, or None of a single file.
         where: the file of each tensor by the tensor's name.
+        dequantized: of a checkpoint that is quantized, the dtype that its weights get.
     """
 
     folder: Path
@@ -59,6 +63,7 @@ class Checkpoint:
     files: dict[str, TensorFile]
     index: dict[str, Any] | None
     where: dict[str, TensorFile]
+    dequantized: torch.dtype | None = None
 
     def entry(self, key: str) -> Entry:
         return self.where[key].entries[key]
@@ -81,7 +86,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Opens a model's folder, or that of a model of the Hub, from the cache where it is there.
 
     Raises:
-        AdapterError: no such folder; one without weights in safetensors, or with quantized or truncated ones.
+        AdapterError: no such folder; one without weights in safetensors, with truncated ones, or with weights that are
+            quantized by other libraries than bitsandbytes.
     """
     folder = Path(name) if Path(name).is_dir() else _from_hub(name)
     if not (folder / MODEL_CONFIG).is_file():
@@ -90,20 +96,25 @@ def open_checkpoint(name: str) -> Checkpoint:
         )
         raise AdapterError(f"{folder} has no {MODEL_CONFIG}, so it is no model's folder{hint}")
     config = _json(folder / MODEL_CONFIG)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise AdapterError(
-            f"the weights in {folder} are quantized ({method}). Merge into the 16-bit model they were made from, or in "
-            "memory: load the model, then oftv2.load_adapter(model, ADAPTER), "
-            "oftv2.merge(model, dtype=torch.bfloat16) and model.save_pretrained(OUT)"
-        )
     files, index = _weights(folder)
     where = {key: file for file in files.values() for key in file.entries}
     listed = None if index is None else set(index["weight_map"])
     if listed is not None and listed != set(where):
         odd = sorted(listed ^ set(where))[0]
         raise AdapterError(f"{folder}: {INDEX_FILE} and the files disagree, about {odd} for one")
-    return Checkpoint(folder, config, files, index, where)
+    if "quantization_config" not in config:
+        return Checkpoint(folder, config, files, index, where)
+    method = config.pop("quantization_config").get("quant_method", "unknown method")
+    if method != "bitsandbytes":
+        raise AdapterError(
+            f"the weights in {folder} are quantized ({method}). Merge into the 16-bit model they were made from, or in "
+            "memory: load the model, then oftv2.load_adapter(model, ADAPTER), "
+            "oftv2.merge(model, dtype=torch.bfloat16) and model.save_pretrained(OUT)"
+        )
+    files = {name: DequantizedFile(file, where) for name, file in files.items()}
+    where = {key: file for file in files.values() for key in file.entries}
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return Checkpoint(folder, config, files, index, where, getattr(torch, name))
 
 
 def _from_hub(name: str) -> Path:

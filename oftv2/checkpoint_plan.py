@@ -87,7 +87,8 @@ def make_plan(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None,
     refuse(title, draft.problems)
     if check_base:
         refuse(title, _other_base(base, adapter, draft))
-    notes = [*adapter.notes, *_quantized_note(adapter)]
+    dtype = dtype or base.dequantized
+    notes = [*adapter.notes, *_quantized_notes(base, adapter, dtype)]
     changes = Changes(dtype)
     if draft.apart:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
@@ -223,19 +224,25 @@ def _entry_in(entry: Entry, dtype: torch.dtype | None) -> Entry:
 def _other_base(base: Checkpoint, adapter: AdapterFile, draft: _Draft) -> list[str]:
     def ours(layer: str) -> dict[str, Any] | None:
         source = draft.sources.get(layer)
-        return None if source is None else sketch_weight(base.where[source].read(source), quantized=False)
+        return (
+            None
+            if source is None
+            else sketch_weight(base.where[source].read(source), quantized=base.dequantized is not None)
+        )
 
     found = compare_sketches(adapter.base, ours)
     return [f"{problem}; --no-check-base merges it all the same" for problem in found]
 
 
-def _quantized_note(adapter: AdapterFile) -> list[str]:
+def _quantized_notes(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None) -> list[str]:
+    if base.dequantized is not None:
+        return [f"the base is quantized; the merged model is not, and has weights of {dtype}"]
     if not any(sketch["quantized"] for sketch in adapter.base["sketches"].values()):
         return []
     return [
         "the adapter was trained on a quantized base, and is merged into weights that are not: common, and usually "
         "good, but not the very model that was trained, whose weights differ from these by the quantization's rounding "
-        "(about 10% for 4 bit). For that one, merge in memory: load the quantized base, oftv2.load_adapter, oftv2.merge"
+        "(about 10% for 4 bit). For that one, give the quantized model as BASE (saved with save_pretrained)"
     ]
 
 

@@ -72,26 +72,32 @@ class TensorFile:
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{path} cannot be read as a safetensors file, it may be truncated: {error}") from error
-        self._starts = {name: 8 + length + start for name, (start, _) in places.items()}
-        end = 8 + length + max((end for _, end in places.values()), default=0)
+        self._places = {name: (8 + length + start, 8 + length + end) for name, (start, end) in places.items()}
+        end = max((end for _, end in self._places.values()), default=8 + length)
         if path.stat().st_size != end:
             raise AdapterError(f"{path} has {path.stat().st_size:,} bytes where its header tells of {end:,}: truncated")
 
     def read(self, name: str) -> Tensor:
         """One floating-point tensor, in memory of its own."""
         entry = self.entries[name]
-        data = torch.empty(entry.size, dtype=torch.uint8)  # torch's own memory is aligned, which products depend on
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[name])
-            if file.readinto(data.numpy().data) != entry.size:
-                raise AdapterError(f"{self.path} ends in the middle of {name}")
-        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+        return self.raw(name).view(DTYPES[entry.dtype]).view(entry.shape)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor of any dtype, a few megabytes at a time."""
-        left = self.entries[name].size
+    def raw(self, name: str) -> Tensor:
+        """The bytes of one tensor of any dtype."""
+        start, end = self._places[name]
+        data = torch.empty(end - start, dtype=torch.uint8)  # torch's own memory is aligned, which products depend on
         with open(self.path, "rb") as file:
-            file.seek(self._starts[name])
+            file.seek(start)
+            if file.readinto(data.numpy().data) != end - start:
+                raise AdapterError(f"{self.path} ends in the middle of {name}")
+        return data
+
+    def pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of one tensor of any dtype, a few megabytes at a time."""
+        start, end = self._places[name]
+        left = end - start
+        with open(self.path, "rb") as file:
+            file.seek(start)
             while left:
                 piece = file.read(min(left, _PIECE))
                 if not piece:

@@ -16,8 +16,8 @@ SMALL = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id"
 def llama_model(**fields):
     def make():
         torch.manual_seed(1)
-        sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
-        config = transformers.LlamaConfig(**SMALL, **sizes, num_attention_heads=4, num_key_value_heads=2, **fields)
+        sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, **fields}
+        config = transformers.LlamaConfig(**SMALL, **sizes, num_attention_heads=4, num_key_value_heads=2)
         return transformers.LlamaForCausalLM(config)
 
     return make

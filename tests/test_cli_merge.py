@@ -228,6 +228,33 @@ def test_dtype(stored, wanted, tmp_path):
         assert file.metadata()["format"] == "pt"
 
 
+QUANTIZED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4-in-bf16": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": torch.bfloat16},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+@pytest.mark.parametrize("quantization", QUANTIZED.values(), ids=QUANTIZED.keys())
+def test_a_base_that_bitsandbytes_quantized_becomes_a_16_bit_model(quantization, size, tmp_path, capsys):
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    cls = make_base(llama_model(intermediate_size=192), torch.bfloat16, tmp_path / "original")
+    config = transformers.BitsAndBytesConfig(**quantization)
+    model = cls.from_pretrained(tmp_path / "original", quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(base, max_shard_size=size)
+    make_adapter(cls, base, adapter, {"block_size": 16})
+    assert run(base, adapter, out) == 0
+    assert "the base is quantized; the merged model is not" in capsys.readouterr().err
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    merged = cls.from_pretrained(out, dtype="auto")
+    expected = oftv2.merge(load_adapter(cls.from_pretrained(base), adapter), dtype=torch.bfloat16)
+    assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
+    assert_same_state(merged, expected)
+    assert relative(answer(merged), answer(load_adapter(cls.from_pretrained(base), adapter))) < 0.05
+
+
 def test_everything_else_in_the_base_comes_along(saved, capsys):
     base = saved / "base"
     kept = {
