@@ -64,7 +64,7 @@ def merge_checkpoint(
     target, source = Path(out), open_checkpoint(str(base))
     _check_target(target, (source.folder, Path(adapter)), force=force)
     plan = make_plan(source, read_adapter(adapter, as_trained=as_trained), dtype, check_base=check_base)
-    with WorkFolder(target.absolute(), _inputs(source, Path(adapter), dtype, as_trained)) as work:
+    with WorkFolder(target.resolve(), _inputs(source, Path(adapter), dtype, as_trained)) as work:
         _check_space(work.path, plan)
         bar = progress(plan.size) if progress is not None else None
         for name, pieces in plan.files.items():

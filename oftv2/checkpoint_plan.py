@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
@@ -91,8 +92,7 @@ def make_plan(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None,
     notes = [*adapter.notes, *_quantized_notes(base, adapter, dtype)]
     changes = Changes(dtype)
     if draft.apart:
-        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-        refuse(title, _still_tied(empty_model(cls, config), draft.apart))
+        refuse(title, _still_tied(cls, config, draft.apart))
         changes = dataclasses.replace(changes, untied=True)
         notes.append(
             f"{', '.join(sorted(draft.apart))} were tied and are two tensors now: tie_word_embeddings is false"
@@ -246,13 +246,17 @@ def _quantized_notes(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype 
     ]
 
 
-def _still_tied(model: nn.Module, apart: list[str]) -> list[str]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if len({id(parameters[name]) for name in apart}) == len(apart):
+def _still_tied(cls: Any, config: Any, apart: list[str]) -> list[str]:
+    """What keeps weights together, though the adapter makes them different."""
+    untied = copy.deepcopy(config)
+    untied.get_text_config().tie_word_embeddings = untied.tie_word_embeddings = False
+    parameters = dict(empty_model(cls, untied).named_parameters(remove_duplicate=False))
+    separate = len({id(parameters[name]) for name in apart}) == len(apart)
+    if separate and not config.is_encoder_decoder:  # T5 and its kin scale their outputs by tie_word_embeddings
         return []
     return [
-        f"{', '.join(apart)} are one parameter, whatever tie_word_embeddings says, and the adapter changes some of "
-        "them alone: merge in memory, or leave the adapter unmerged"
+        f"{', '.join(apart)} are one tensor in this {cls.__name__}, and the adapter changes some of them alone: such a "
+        "model cannot be written without tying them again. Leave the adapter unmerged"
     ]
 
 

@@ -14,7 +14,14 @@ import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, conversion_mapping
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    conversion_mapping,
+)
 from transformers.core_model_loading import Transpose, WeightConverter
 
 import oftv2.checkpoint_merge
@@ -303,6 +310,19 @@ def test_a_tied_weight_stored_twice_with_different_values(tmp_path, capsys):
     state["lm_head.weight"] += 1
     replace_weights(base, state)
     assert "differ in the checkpoint" in fails(capsys, base, tmp_path / "adapter", tmp_path / "other")
+
+
+def test_weights_that_cannot_be_untied(tmp_path, capsys):
+    """T5 scales what goes into its head by whether the configuration says that the head is tied."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "base")
+    for name, target in (("head", "lm_head"), ("body", "q")):
+        fields = {"block_size": 8, "target_modules": (target,)}
+        make_adapter(T5ForConditionalGeneration, tmp_path / "base", tmp_path / name, fields)
+    assert "Leave the adapter unmerged" in fails(capsys, tmp_path / "base", tmp_path / "head", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "base", tmp_path / "body", tmp_path / "out") == 0
 
 
 FOLDERS = {
