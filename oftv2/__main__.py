@@ -1,4 +1,4 @@
-"""``python -m oftv2``: look at adapters, and convert them."""
+"""``python -m oftv2``: look at adapters, convert them, and merge them into models on disk."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from .checkpoint_merge import merge_checkpoint
 from .conversion import LayerConversion, save_as_lora
 from .errors import AdapterError
 from .inspection import inspect_adapter
-from .serialization import load_adapter, save_adapter
+from .reading import read_adapter
+from .serialization import load_adapter, rewrite_adapter, save_adapter
 
 _MAX_LAYERS = 12
+DTYPES = ("float32", "bfloat16", "float16")
 
 INSPECT_EXAMPLES = """examples:
   python -m oftv2 inspect adapter/
@@ -24,16 +28,24 @@ INSPECT_EXAMPLES = """examples:
 """
 CONVERT_EXAMPLES = """examples:
   python -m oftv2 convert adapter/ for-peft/ --to peft --base HuggingFaceTB/SmolLM2-135M
-  python -m oftv2 convert from-peft/ ours/ --to oftv2 --base path/to/base
+  python -m oftv2 convert from-peft/ ours/ --to oftv2
   python -m oftv2 convert adapter/ lora/ --to lora --base path/to/base --rank 64
   python -m oftv2 convert adapter/ lora/ --to lora --base path/to/base --tolerance 0.05
 
 A LoRA is an approximation of a rotation: the error of each layer is printed, and the rank from which there is none.
 """
+MERGE_EXAMPLES = """examples:
+  python -m oftv2 merge path/to/base adapter/ merged/
+  python -m oftv2 merge HuggingFaceTB/SmolLM2-135M adapter/ merged/ --dtype bfloat16
+
+The base model is not loaded: memory is needed for about three times its largest tensor. OUT appears when it is
+complete; run the same command again to go on with a merge that was stopped. The result is a plain model of
+transformers'; from a base that bitsandbytes quantized, one of 16 bit.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 1 for an error (argparse itself exits with 2)."""
+    """Runs a command; returns the exit code: 0, 1 for an error, 130 if it was stopped (a wrong usage exits with 2)."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -42,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         except (AdapterError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
     return 0
 
 
@@ -57,14 +72,24 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("adapter", help="a folder of oftv2's or PEFT's, or a single safetensors file")
     convert.add_argument("out", type=Path, help="the folder to write")
     convert.add_argument("--to", required=True, choices=("peft", "oftv2", "lora"), help="the format")
-    convert.add_argument("--base", required=True, help="the base model: a folder or a name on the hub")
+    convert.add_argument("--base", help="the base model, a folder or a name on the hub; --to oftv2 rarely needs it")
     size = convert.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, help="lora: the rank")
     size.add_argument("--tolerance", type=float, help="lora: the smallest rank with an error below this in every layer")
     convert.add_argument("--as-trained", action="store_true", help="PEFT before 0.18: the series it was trained with")
     convert.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
     convert.add_argument("--force", action="store_true", help="overwrite what is in OUT")
-    convert.set_defaults(command=_convert)
+    convert.set_defaults(command=_convert, usage_error=convert.error)
+
+    merge = _command(commands, "merge", "a model on disk with an adapter in its weights", MERGE_EXAMPLES)
+    merge.add_argument("base", help="the base model in safetensors: a folder or a name on the hub")
+    merge.add_argument("adapter", help="a folder of oftv2's or PEFT's, or a single safetensors file")
+    merge.add_argument("out", type=Path, help="the folder to write")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights; by default, each as it is in BASE")
+    merge.add_argument("--as-trained", action="store_true", help="PEFT before 0.18: the series it was trained with")
+    merge.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
+    merge.add_argument("--force", action="store_true", help="replace a model in OUT, once the new one is complete")
+    merge.set_defaults(command=_merge)
     return parser
 
 
@@ -77,9 +102,17 @@ def _convert(options: argparse.Namespace) -> None:
     sized = options.rank is not None or options.tolerance is not None
     if sized != (options.to == "lora"):
         wanted = "needs --rank or --tolerance" if options.to == "lora" else "takes no --rank and no --tolerance"
-        raise AdapterError(f"--to {options.to} {wanted}")
+        options.usage_error(f"--to {options.to} {wanted}")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())) and not options.force:
         raise AdapterError(f"{options.out} exists and is not empty: choose another folder, or use --force")
+    if options.base is None:
+        if options.to != "oftv2":
+            options.usage_error(
+                f"--to {options.to} needs --base: PEFT finds layers by the names of the model's modules"
+            )
+        rewrite_adapter(read_adapter(options.adapter, as_trained=options.as_trained), options.out)
+        print(f"written to {options.out}")
+        return
     model = load_base(options.base)
     load_adapter(model, options.adapter, check_base=not options.no_check_base, as_trained=options.as_trained)
     if options.to == "lora":
@@ -87,6 +120,22 @@ def _convert(options: argparse.Namespace) -> None:
         print(describe(report))
     else:
         save_adapter(model, options.out, format=options.to)
+    print(f"written to {options.out}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    notes = merge_checkpoint(
+        options.base,
+        options.adapter,
+        options.out,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        check_base=not options.no_check_base,
+        as_trained=options.as_trained,
+        force=options.force,
+        progress=_bytes_progress,
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"written to {options.out}")
 
 
@@ -126,6 +175,12 @@ def _progress(layers: Iterable[Any]) -> Iterable[Any]:
     except ImportError:  # it comes with transformers
         return layers
     return tqdm(layers, desc="layers", unit="layer")
+
+
+def _bytes_progress(size: int) -> Any:
+    from tqdm import tqdm  # comes with transformers, without which no model is merged
+
+    return tqdm(total=size, desc="merging", unit="B", unit_scale=True)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

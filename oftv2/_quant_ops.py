@@ -40,12 +40,17 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     """``(n, d)`` in plain torch, rounded to ``dtype`` as bitsandbytes does."""
     packed = weight.packed.reshape(-1).view(torch.uint8).int()
     nibbles = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
-    absmax = weight.absmax
-    if weight.nested:
-        code, scale, offset = weight.nested
-        absmax = code[absmax.int()] * scale.repeat_interleave(weight.blocksize2)[: absmax.numel()] + offset
-    scales = absmax.float().repeat_interleave(weight.blocksize)[: nibbles.numel()]
+    scales = with_plain_scales(weight).absmax.float().repeat_interleave(weight.blocksize)[: nibbles.numel()]
     return (weight.code[nibbles] * scales).to(dtype).view(weight.shape)
+
+
+def with_plain_scales(weight: Weight4bit) -> Weight4bit:
+    """The same weight with ``absmax`` itself not quantized."""
+    if not weight.nested:
+        return weight
+    code, scale, offset = weight.nested
+    scales = scale.repeat_interleave(weight.blocksize2)[: weight.absmax.numel()]
+    return weight._replace(absmax=code[weight.absmax.int()] * scales + offset, nested=[])
 
 
 @default("dequantize_rotate_4bit")

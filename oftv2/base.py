@@ -309,11 +309,12 @@ def rotated(weight: Tensor, delta: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     delta = delta.to(weight.device, wide)
-    rows = max(1, (1 << 22) // max(1, weight.shape[1]))
+    rows = max(1, (1 << 19) // max(1, weight.shape[1]))  # 2 MB: twice as fast on a CPU as eight times as much
     with torch.autocast(weight.device.type, enabled=False):
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
-            blocks = weight[part].to(wide).unflatten(1, delta.shape[:2]).transpose(0, 1)
+            # A copy in any case: products round by how memory is aligned, and that of mapped files is as it happens.
+            blocks = weight[part].to(wide, copy=True).unflatten(1, delta.shape[:2]).transpose(0, 1)
             out[part] = torch.baddbmm(blocks, blocks, delta).transpose(0, 1).flatten(1).to(weight.dtype)
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +36,19 @@ def describe_base(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, A
 
 def compare_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
     """The layers of ``model`` whose weights are not those described in ``saved``, one message each."""
+
+    def ours(name: str) -> dict[str, Any] | None:
+        module = model.get_submodule(name)
+        return sketch(getattr(module, "base_layer", module))
+
+    return [f"{problem}; check_base=False loads it all the same" for problem in compare_sketches(saved, ours)]
+
+
+def compare_sketches(saved: dict[str, Any], ours_of: Callable[[str], dict[str, Any] | None]) -> list[str]:
+    """The layers whose sketches, given by their paths, are not those in ``saved``, one message each."""
     problems = []
     for name, theirs in saved.get("sketches", {}).items():
-        module = model.get_submodule(name)
-        ours = sketch(getattr(module, "base_layer", module))
+        ours = ours_of(name)
         if ours is None:
             continue
         a, b = torch.tensor(theirs["values"]), torch.tensor(ours["values"])
@@ -49,7 +59,7 @@ def compare_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
             base = f"{saved['name_or_path'] or 'the base'} ({saved['class']})"
             problems.append(
                 f"{name}: the base weights differ by {difference:.0%} from those of {base} that the adapter was "
-                "trained on; check_base=False loads it all the same"
+                "trained on"
             )
     return problems
 
@@ -64,7 +74,12 @@ def sketch(module: Any) -> dict[str, Any] | None:
         weight = None if backend.dequantize is None else backend.dequantize(module)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:
         return None
+    return sketch_weight(weight, quantized=backend is not None)
+
+
+def sketch_weight(weight: Tensor, *, quantized: bool) -> dict[str, Any]:
+    """The sketch of a floating-point weight of two dimensions or more."""
     rows = weight.flatten(1)[:: max(1, weight.shape[0] // _ROWS)][:_ROWS].float().cpu()
     position = torch.arange(rows.shape[1], dtype=torch.float64)
     values = rows @ torch.cos(0.37 * position * position).float()
-    return {"quantized": backend is not None, "values": [round(value, 7) for value in values.tolist()]}
+    return {"quantized": quantized, "values": [round(value, 7) for value in values.tolist()]}

@@ -12,6 +12,8 @@ from .rotation import Rotation
 from .state import find_state, get_state, oft_layers, plain_name, plain_parameter
 from .targets import Target, layer_class_for
 
+_MAX_LISTED = 12
+
 
 def check_tensors(adapter: AdapterFile) -> list[str]:
     """Tensors that are missing, unexpected, or hold no finite numbers."""
@@ -139,6 +141,14 @@ def without_copies(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     dropped = {PREFIX + name for name in set(adapter.trained) - set(trained)}
     tensors = {key: value for key, value in adapter.tensors.items() if key not in dropped}
     return dataclasses.replace(adapter, trained=trained, tensors=tensors)
+
+
+def refuse(title: str, problems: list[str]) -> None:
+    """Raises one AdapterError that lists the problems, if there are any."""
+    if problems:
+        more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        lines = "\n  ".join(problems[:_MAX_LISTED])
+        raise AdapterError(f"{title}:\n  {lines}{more}")
 
 
 def listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The README.md beside an adapter: what it is, on which base model, and how to load it."""
+"""The README.md beside an adapter or a merged model: what it is, of which base model, and how to load it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .adapter_file import write_atomically
+from .adapter_file import AdapterFile, write_atomically
 
 CARD_FILE = "README.md"
 LIBRARY = "oftv2"
@@ -29,6 +29,47 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     card = _card(manifest)
     mark = f"<!-- oftv2 wrote this card ({_digest(card)}); once edited, it is kept as it is -->\n"
     write_atomically(path, (card + mark).encode())
+
+
+def write_merged_card(folder: Path, base: Path, name: str, adapter: AdapterFile) -> None:
+    """Writes the card of a base model with an adapter merged into it; the base's own card speaks of another model.
+
+    Args:
+        folder (Path): where the merged model is.
+        base (Path): where the base model is; its license is taken over.
+        name (str): the base model's name on the Hub, or its folder.
+        adapter (AdapterFile): what was merged.
+    """
+    on_hub = not os.path.exists(name)
+    metadata = [
+        "library_name: transformers",
+        *([f"base_model: {name}", "base_model_relation: finetune"] if on_hub else []),
+        *_license(base / CARD_FILE),
+        "tags:",
+        *(f"- {tag}" for tag in TAGS),
+    ]
+    header = "\n".join(metadata)
+    shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{Path(name).resolve().name}`"
+    full = f" {len(adapter.trained)} parameters were trained in full." if adapter.trained else ""
+    card = f"""---
+{header}
+---
+
+# {shown} with an OFT adapter merged into its weights
+
+Rotations of {len(adapter.block_sizes)} layers, trained by orthogonal finetuning (OFTv2 / QOFT,
+[arXiv 2506.19847](https://arxiv.org/abs/2506.19847)), are part of the weights.{full} It is a plain model: it loads with
+`from_pretrained`, and needs no other library than the base model does. It was made with `oftv2`.
+"""
+    write_atomically(folder / CARD_FILE, card.encode())
+
+
+def _license(card: Path) -> list[str]:
+    """The lines on the license in a card's metadata."""
+    if not card.is_file():
+        return []
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    return re.findall(r"^license\w*:.+$", parts[1], re.M) if len(parts) == 3 and not parts[0] else []
 
 
 def _is_untouched(text: str) -> bool:

@@ -67,7 +67,12 @@ def read_peft(tensors: dict[str, Tensor], folder: Path, as_trained: bool) -> Ada
     generators = {PREFIX + layer + GENERATORS for layer in sizes}
     trained = tuple(key.removeprefix(PREFIX) for key in tensors if key not in generators)
     tops, apart = _saved(trained, config.modules_to_save or ())
-    base: dict[str, Any] = {"class": "", "name_or_path": values.get("base_model_name_or_path") or "", "sketches": {}}
+    base: dict[str, Any] = {
+        "class": (values.get("auto_mapping") or {}).get("base_model_class") or "",
+        "task": values.get("task_type") or "",
+        "name_or_path": values.get("base_model_name_or_path") or "",
+        "sketches": {},
+    }
     config = dataclasses.replace(config, modules_to_save=tops)
     return AdapterFile(config, sizes, trained, base, tensors, origin="PEFT", notes=notes, apart=apart)
 

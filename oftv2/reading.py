@@ -31,7 +31,7 @@ def read_adapter(source: str | os.PathLike[str], *, as_trained: bool = False) ->
     Raises:
         AdapterError: files that are missing or truncated, or that hold something else.
     """
-    path = _tensors_file(Path(source))
+    path = tensors_file(Path(source))
     metadata, tensors = _read(path)
     if "oftv2" in metadata:
         return _read_own(metadata["oftv2"], path, tensors)
@@ -44,7 +44,8 @@ def read_adapter(source: str | os.PathLike[str], *, as_trained: bool = False) ->
     return read_single_file(tensors, metadata, path)
 
 
-def _tensors_file(source: Path) -> Path:
+def tensors_file(source: Path) -> Path:
+    """The file with an adapter's tensors, from its folder or itself; AdapterError where there is none."""
     if source.is_file():
         return source
     for name in (TENSORS_FILE, _PICKLE_FILE):

@@ -21,10 +21,11 @@ from .adapter_file import (
     AdapterFile,
     write_atomically,
 )
-from .base import DEFAULT_ADAPTER
+from .base import DEFAULT_ADAPTER, OFTLayer
 from .base_check import compare_base, describe_base
+from .config import OFTConfig
 from .errors import AdapterError, PeftFormatWarning
-from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, without_copies
+from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, refuse, without_copies
 from .gradient_check import check_gradients
 from .model_card import write_card
 from .peft_format import peft_layout
@@ -89,15 +90,49 @@ def save_adapter(
     description, layout = None, "oftv2"
     if format != "oftv2" and (found := _in_peft_layout(model, name, refuse=format == "peft")) is not None:
         description, tensors, layout = *found, "peft"
-    manifest = {
+    sizes = {path: layer.rotations[name].block_size for path, layer in layers.items()}
+    base = describe_base(model, _frozen_layers(model, layers, trained))
+    return _write(folder, tensors, _manifest(state.configs[name], sizes, trained, base, layout), description)
+
+
+def rewrite_adapter(adapter: AdapterFile, folder: str | os.PathLike[str]) -> Path:
+    """Writes an adapter that was read from disk in this library's own format, without its model.
+
+    Raises:
+        AdapterError: an adapter whose meaning depends on the model: layers by another program's names, or parameters
+            that PEFT saved, which may be trained or not.
+    """
+    if adapter.origin != "oftv2" and (adapter.origin != "PEFT" or adapter.trained):
+        what = "parameters beside its rotations" if adapter.trained else "layers by names of its own"
+        raise AdapterError(f"this adapter of {adapter.origin} has {what}: give the base model with --base")
+    refuse("not written", check_tensors(adapter))
+    base = {field: adapter.base[field] for field in ("class", "name_or_path", "sketches")}
+    manifest = _manifest(adapter.config, adapter.block_sizes, adapter.trained, base, "oftv2")
+    for note in adapter.notes:
+        warnings.warn(note, PeftFormatWarning, stacklevel=2)
+    return _write(folder, adapter.tensors, manifest, None)
+
+
+def _manifest(
+    config: OFTConfig, block_sizes: dict[str, int], trained: tuple[str, ...], base: dict[str, Any], layout: str
+) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "library": "oftv2",
         "layout": layout,
-        "config": state.configs[name].to_dict(),
-        "block_sizes": {path: layer.rotations[name].block_size for path, layer in layers.items()},
+        "config": config.to_dict(),
+        "block_sizes": block_sizes,
         "trained_parameters": list(trained),
-        "base": describe_base(model, {path: layer.base_layer for path, layer in layers.items()}),
+        "base": base,
     }
+
+
+def _write(
+    folder: str | os.PathLike[str],
+    tensors: dict[str, torch.Tensor],
+    manifest: dict[str, Any],
+    description: dict[str, Any] | None,
+) -> Path:
     data = safetensors.torch.save(
         {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
         metadata={"format": "pt", "oftv2": json.dumps(manifest)},
@@ -110,6 +145,13 @@ def save_adapter(
     write_atomically(target / CONFIG_FILE, (json.dumps(description or manifest, indent=2) + "\n").encode())
     write_card(target, manifest)
     return target
+
+
+def _frozen_layers(model: nn.Module, layers: dict[str, OFTLayer], trained: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The base layers whose weight is the base model's: one tied to a head that trains is not."""
+    training = {id(plain_parameter(model, name)) for name in trained}
+    bases = {path: layer.base_layer for path, layer in layers.items()}
+    return {path: base for path, base in bases.items() if id(base._parameters.get("weight")) not in training}
 
 
 def _in_peft_layout(
@@ -180,10 +222,7 @@ def load_adapter(
         check_gradients(_base_layers(model, targets))
     if check_base and not problems:
         problems += compare_base(model, adapter.base)
-    if problems:
-        more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        lines = "\n  ".join(problems[:_MAX_LISTED])
-        raise AdapterError(f"the adapter in {folder} does not fit, and nothing was loaded:\n  {lines}{more}")
+    refuse(f"the adapter in {folder} does not fit, and nothing was loaded", problems)
     if not wrapped:
         install(model, adapter.config, targets, adapter_name, trained=adapter.trained)
     _copy(model, adapter, adapter_name, trainable if trainable is not None or wrapped else False)

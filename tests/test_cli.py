@@ -114,6 +114,37 @@ def test_convert_to_peft_and_back(saved, capsys):
         assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in sorted(one.keys()))
 
 
+def test_convert_to_oftv2_needs_no_base(saved):
+    folder, _ = saved
+    base = str(folder / "base")
+    with_base, without, again = (folder / name for name in ("with", "without", "again"))
+    assert main(["convert", str(folder / "adapter"), str(with_base), "--to", "oftv2", "--base", base]) == 0
+    assert main(["convert", str(folder / "adapter"), str(without), "--to", "oftv2"]) == 0
+    name = "adapter_model.safetensors"
+    with safetensors.safe_open(with_base / name, "pt") as one, safetensors.safe_open(without / name, "pt") as two:
+        first, second = (json.loads(file.metadata()["oftv2"]) for file in (one, two))
+        assert (first["layout"], first["base"]["sketches"]) == ("oftv2", second["base"]["sketches"])
+        assert {**first, "base": None} == {**second, "base": None}
+        assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in sorted(one.keys()))
+    theirs = peft.get_peft_model(base_of(folder), peft.OFTConfig(oft_block_size=16, target_modules=["q_proj"]))
+    for key, parameter in theirs.named_parameters():
+        if "oft_R" in key:
+            parameter.data.normal_(std=0.05)
+    theirs.save_pretrained(folder / "theirs")
+    assert main(["convert", str(folder / "theirs"), str(again), "--to", "oftv2"]) == 0
+    assert relative(answer(load_adapter(base_of(folder), again)), answer(theirs)) < 1e-6
+
+
+def test_parameters_that_peft_saved_need_the_base(saved, capsys):
+    folder, _ = saved
+    config = peft.OFTConfig(oft_block_size=16, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(base_of(folder), config).save_pretrained(folder / "theirs")
+    command = ("convert", folder / "theirs", folder / "out", "--to", "oftv2")
+    assert "--base" in fails(capsys, *command)
+    assert not (folder / "out").exists()
+    assert main([str(part) for part in (*command, "--base", folder / "base")]) == 0
+
+
 def test_convert_to_lora_at_full_rank_is_the_same_function(saved, capsys):
     folder, wanted = saved
     command = ["convert", str(folder / "adapter"), str(folder / "lora"), "--to", "lora", "--base", str(folder / "base")]
@@ -224,11 +255,26 @@ def test_errors_are_one_line_and_exit_code_1(saved, capsys):
     assert "is not a folder" in fails(capsys, "convert", folder / "nowhere", folder / "out", "--to", "peft", *base)
     missing = fails(capsys, "convert", folder / "adapter", folder / "out", "--to", "peft", "--base", folder / "nowhere")
     assert "cannot be loaded" in missing
-    assert "needs --rank" in fails(capsys, "convert", folder / "adapter", folder / "out", "--to", "lora", *base)
-    assert "takes no --rank" in fails(
-        capsys, "convert", folder / "adapter", folder / "out", "--to", "peft", "--rank", 4, *base
-    )
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--to", "lora", "--base", "base"), "needs --rank"),
+        (("--to", "peft", "--base", "base", "--rank", "4"), "takes no --rank"),
+        (("--to", "peft"), "needs --base"),
+        (("--to", "lora", "--rank", "4"), "needs --base"),
+        (("--to", "gguf"), "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_usage_exits_with_2(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), *arguments])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten_without_force(saved, capsys):
@@ -250,10 +296,17 @@ def test_what_peft_cannot_hold_is_an_error_when_asked_for(saved, tiny_llama, cap
     assert "neumann_terms=1" in error
 
 
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"examples:\n  python -m oftv2 {command}" in capsys.readouterr().out
+
+
 def test_the_command_line_itself(tmp_path):
     for arguments, code, words in (
         (["--help"], 0, "inspect"),
-        (["convert", "--help"], 0, "examples:"),
         ([], 2, "usage"),
         (["inspect", str(tmp_path)], 1, "error: "),
     ):
