@@ -1,8 +1,10 @@
-"""``python -m oftv2``: look at adapters, and convert them."""
+"""``python -m oftv2``: look at adapters, convert them, and run scripts of PEFT's on this library's operators."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import runpy
 import sys
 import warnings
 from collections.abc import Iterable
@@ -14,6 +16,7 @@ from torch import nn
 from .conversion import LayerConversion, save_as_lora
 from .errors import AdapterError
 from .inspection import inspect_adapter
+from .peft_acceleration import VARIABLE, accelerate_all_if_asked
 from .serialization import load_adapter, save_adapter
 
 _MAX_LAYERS = 12
@@ -30,11 +33,20 @@ CONVERT_EXAMPLES = """examples:
 
 A LoRA is an approximation of a rotation: the error of each layer is printed, and the rank from which there is none.
 """
+RUN_EXAMPLES = """examples:
+  python -m oftv2 run train.py --model_name_or_path HuggingFaceTB/SmolLM2-135M
+  accelerate launch -m oftv2 run train.py --output_dir out
+
+It is the script as it stands, with every OFT layer that PEFT makes on this library's operators: see
+oftv2.accelerate_peft. What cannot be reproduced exactly is left to PEFT, and a warning names it.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 1 for an error (argparse itself exits with 2)."""
     options = _parser().parse_args(arguments)
+    if options.command is _run:
+        return _run(options)  # warnings and errors are the script's own
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -65,12 +77,31 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
     convert.add_argument("--force", action="store_true", help="overwrite what is in OUT")
     convert.set_defaults(command=_convert)
+
+    run = _command(commands, "run", "a script, with PEFT's OFT layers accelerated", RUN_EXAMPLES)
+    run.add_argument("script", help="a Python file")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    run.set_defaults(command=_run)
     return parser
 
 
 def _command(commands: Any, name: str, about: str, examples: str) -> argparse.ArgumentParser:
     kind = argparse.RawDescriptionHelpFormatter
     return commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=kind)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The script as ``python script.py`` would run it; ``OFTV2_ACCELERATE_PEFT=0`` leaves PEFT alone."""
+    if not os.path.exists(options.script):
+        print(f"error: there is no script {options.script}", file=sys.stderr)
+        return 2
+    if VARIABLE not in os.environ:  # importing oftv2 saw it otherwise
+        os.environ[VARIABLE] = "1"
+        accelerate_all_if_asked()
+    sys.argv = [options.script, *options.arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
+    runpy.run_path(options.script, run_name="__main__")
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -131,7 +131,6 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
         if name != _TUNER:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
@@ -139,6 +138,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def run_and_accelerate(module: ModuleType) -> None:
             run(module)
+            sys.meta_path.remove(self)
             _accelerate_all(module)
 
         spec.loader.exec_module = run_and_accelerate  # type: ignore[method-assign]

@@ -83,9 +83,6 @@ class _Accelerated(nn.Module, OFTLayer):  # in the order of PEFT's, or Python re
         """``x`` as it is: the operators take 16 bit. Between two rotations PEFT does not round, though."""
         return x if len(self.active_adapters) == 1 else super()._cast_input_dtype(x, dtype)
 
-    def _get_name(self) -> str:
-        return plain_class(self).__name__  # PEFT's reports tell the kind of a layer by it
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if self.repairs and not isinstance(self, Embedding):
             # x R₁ R₂ Wᵀ: the last rotation comes first to the weight
@@ -208,12 +205,11 @@ def _rotation_obstacle(rotation: Any) -> str | None:
 def _agrees_with_peft() -> bool:
     """Whether PEFT's rotation is the one that is known here: tried out, for its series changed once (in 0.18)."""
     for neumann, terms in ((True, 2), (True, 3), (True, 5), (True, 6), (False, 5)):
-        rotation: Any = OFTRotationModule(
-            2, 6, 4, 8, use_cayley_neumann=neumann, num_cayley_neumann_terms=terms
-        ).double()
-        rotation.weight.data = torch.linspace(-0.3, 0.4, 12, dtype=torch.float64).view(2, 6)
-        x = torch.linspace(-1, 2, 24, dtype=torch.float64).view(3, 8)
-        with torch.no_grad():
+        with torch.device("cpu"), torch.no_grad():
+            rotation: Any = OFTRotationModule(2, 6, 4, 8, use_cayley_neumann=neumann, num_cayley_neumann_terms=terms)
+            # past what puts parameters on the meta device as they are registered: loading a model may be going on
+            rotation._parameters["weight"] = torch.linspace(-0.3, 0.4, 12, dtype=torch.float64).view(2, 6)
+            x = torch.linspace(-1, 2, 24, dtype=torch.float64).view(3, 8)
             theirs = rotation(x)
             _accelerate_rotation(rotation)
             if not torch.allclose(rotation(x), theirs, rtol=1e-9):
@@ -223,13 +219,23 @@ def _agrees_with_peft() -> bool:
 
 # ---------------------------------------------------------------------------------------------- there and back
 
+
+class AcceleratedOFTModel(OFTModel):
+    """PEFT's tuner; what adapters that come later put into the model is accelerated too."""
+
+    _create_and_replace = accelerating(OFTModel._create_and_replace)
+
+
 _FASTER: dict[type, type] = {
     OFTRotationModule: AcceleratedRotation,
     Linear: AcceleratedLinear,
     Embedding: AcceleratedEmbedding,
     Conv2d: AcceleratedConv2d,
+    OFTModel: AcceleratedOFTModel,
 }
 _PLAIN = {faster: plain for plain, faster in _FASTER.items()}
+for _plain, _faster in _FASTER.items():
+    _faster.__name__ = _plain.__name__  # which PEFT's reports show; pickling goes by the qualified name
 
 
 def plain_class(module: Any) -> type:
@@ -275,13 +281,3 @@ def set_tuner(tuner: Any, enabled: bool, *, repair: bool) -> None:
     tuner.__dict__.pop("repairs", None)
     if repair:
         tuner.repairs = True
-
-
-class AcceleratedOFTModel(OFTModel):
-    """PEFT's tuner; what adapters that come later put into the model is accelerated too."""
-
-    _create_and_replace = accelerating(OFTModel._create_and_replace)
-    _get_name = _Accelerated._get_name
-
-
-_FASTER[OFTModel], _PLAIN[AcceleratedOFTModel] = AcceleratedOFTModel, OFTModel
