@@ -56,8 +56,7 @@ def accelerate_peft(model: nn.Module, enabled: bool = True, *, repair: bool = Fa
         )
     if repair and not enabled:
         raise AdapterError("repair=True goes with enabled=True: layers that are given back to PEFT are not repaired")
-    from . import peft_layers
-
+    peft_layers = _peft_layers()
     if enabled:
         reasons = {name: peft_layers.obstacle(layer, repair=repair) for name, layer in layers.items()}
         problems = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
@@ -75,6 +74,17 @@ def accelerate_peft(model: nn.Module, enabled: bool = True, *, repair: bool = Fa
     if repair:
         warnings.warn(_REPAIRS, PeftRepairWarning, stacklevel=2)
     return model
+
+
+def _peft_layers() -> ModuleType:
+    """The module that imports PEFT; AdapterError where PEFT lacks what it takes from there, as before 0.19."""
+    try:
+        from . import peft_layers
+    except ImportError as error:
+        raise AdapterError(
+            f"this was written with PEFT 0.19 to 0.21, and the one installed is another: {error}"
+        ) from error
+    return peft_layers
 
 
 def _oft_layers(model: nn.Module) -> dict[str, Any]:
@@ -109,14 +119,15 @@ def accelerating(create_and_replace: Callable[..., None]) -> Callable[..., None]
     def both(
         self: Any, config: Any, adapter: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
     ) -> None:
-        from . import peft_layers
-
         create_and_replace(self, config, adapter, target, target_name, parent, *args, **kwargs)
         layer = getattr(parent, target_name)
         repair = getattr(layer, "repairs", getattr(self, "repairs", False))
-        why = peft_layers.obstacle(layer, repair=repair)
+        try:
+            why = _peft_layers().obstacle(layer, repair=repair)
+        except AdapterError as error:
+            why = str(error)
         if why is None:
-            peft_layers.accelerate(layer, repair=repair)
+            _peft_layers().accelerate(layer, repair=repair)
         elif why not in _warned:
             _warned.add(why)
             name = kwargs.get("current_key", target_name)

@@ -171,7 +171,7 @@ def rotations(layer: Any) -> Iterator[tuple[str, Any]]:
 def obstacle(layer: Any, *, repair: bool) -> str | None:
     """Why a layer cannot be accelerated, if so."""
     if not _agrees_with_peft():
-        return "this PEFT computes another rotation than versions 0.18 to 0.21 do, with which this was written"
+        return "this PEFT computes another rotation than versions 0.19 to 0.21 do, with which this was written"
     for module in (layer, *(rotation for _, rotation in rotations(layer))):
         if "forward" in module.__dict__:
             return (

@@ -131,6 +131,18 @@ class TestSameResults:
         theirs, ours = pair(nn.Sequential(quantized(kind)))
         assert_same(ours, theirs, torch.randn(3, 16, 128), 1e-5)
 
+    def test_4_bit_weights_rotated_while_dequantized(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The forms that a GPU's kernels compute, here by the operators' default implementations."""
+        theirs, ours = pair(nn.Sequential(quantized("nf4")))
+        monkeypatch.setattr(oftv2.functional, "runs_kernels", lambda device: True)
+        x = torch.randn(512, 128)
+        with OperatorCounter() as record:
+            assert_same(ours, theirs, x, 1e-5)
+        assert "weight_form_4bit" in record.names
+        with OperatorCounter() as record, torch.no_grad():
+            assert_close("no gradient", ours(x[:2]), theirs(x[:2]), 1e-5)
+        assert "rotate_matmul_4bit" in record.names
+
     def test_gradient_checkpointing(self, tiny_llama: Callable[..., nn.Module]) -> None:
         theirs, ours = pair(tiny_llama().double(), target_modules="all-linear", coft=True, eps=0.25)
         for reentrant in (False, True):
@@ -385,6 +397,14 @@ class TestRefused:
             self.refused(model, "this PEFT computes another rotation")
         peft_layers._agrees_with_peft.cache_clear()
         assert accelerate_peft(model) is model
+
+    def test_peft_without_what_is_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        theirs, ours = pair(linear())
+        monkeypatch.delattr(oftv2, "peft_layers")
+        monkeypatch.setitem(sys.modules, "oftv2.peft_layers", None)
+        self.refused(theirs, "written with PEFT 0.19 to 0.21")
+        with pytest.warns(UserWarning, match=r"PEFT's own stays.*written with PEFT 0.19 to 0.21"):
+            ours.add_adapter("second", peft.OFTConfig(**LINEAR))
 
     def test_repair_of_what_cannot_be(self) -> None:
         grouped = nn.Sequential(nn.Conv2d(6, 4, 3, groups=2))
