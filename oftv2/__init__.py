@@ -5,10 +5,12 @@ from .base import OFTLayer
 from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
-from .errors import AdapterError, PeftFormatWarning, RequantizationWarning, StabilityWarning
+from .errors import AdapterError, PeftFormatWarning, PeftRepairWarning, RequantizationWarning, StabilityWarning
 from .explain import Explanation, explain
 from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
+from .peft_acceleration import accelerate_all_if_asked as _accelerate_all_if_asked
+from .peft_acceleration import accelerate_peft
 from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
 from .serialization import load_adapter, save_adapter
@@ -27,10 +29,12 @@ __all__ = [
     "OFTLayer",
     "OFTLinear",
     "PeftFormatWarning",
+    "PeftRepairWarning",
     "QuantOFTLinear",
     "ReferenceModel",
     "RequantizationWarning",
     "StabilityWarning",
+    "accelerate_peft",
     "diagnostics",
     "disable_adapter",
     "explain",
@@ -44,3 +48,5 @@ __all__ = [
     "unwrap_model",
     "wrap_model",
 ]
+
+_accelerate_all_if_asked()

@@ -1,8 +1,10 @@
-"""``python -m oftv2``: look at adapters, convert them, and merge them into models on disk."""
+"""``python -m oftv2``: look at adapters, convert them, merge them into models on disk, run PEFT's scripts faster."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import runpy
 import sys
 import warnings
 from collections.abc import Iterable
@@ -16,6 +18,7 @@ from .checkpoint_merge import merge_checkpoint
 from .conversion import LayerConversion, save_as_lora
 from .errors import AdapterError
 from .inspection import inspect_adapter
+from .peft_acceleration import VARIABLE, accelerate_all_if_asked
 from .reading import read_adapter
 from .serialization import load_adapter, rewrite_adapter, save_adapter
 
@@ -42,11 +45,20 @@ The base model is not loaded: memory is needed for about three times its largest
 complete; run the same command again to go on with a merge that was stopped. The result is a plain model of
 transformers'; from a base that bitsandbytes quantized, one of 16 bit.
 """
+RUN_EXAMPLES = """examples:
+  python -m oftv2 run train.py --model_name_or_path HuggingFaceTB/SmolLM2-135M
+  accelerate launch -m oftv2 run train.py --output_dir out
+
+It is the script as it stands, with every OFT layer that PEFT makes on this library's operators: see
+oftv2.accelerate_peft. What cannot be reproduced exactly is left to PEFT, and a warning names it.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 1 for an error, 130 if it was stopped (a wrong usage exits with 2)."""
     options = _parser().parse_args(arguments)
+    if options.command is _run:
+        return _run(options)  # warnings and errors are the script's own
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -90,12 +102,31 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--no-check-base", action="store_true", help="take the base model without comparing weights")
     merge.add_argument("--force", action="store_true", help="replace a model in OUT, once the new one is complete")
     merge.set_defaults(command=_merge)
+
+    run = _command(commands, "run", "a script, with PEFT's OFT layers accelerated", RUN_EXAMPLES)
+    run.add_argument("script", help="a Python file")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    run.set_defaults(command=_run)
     return parser
 
 
 def _command(commands: Any, name: str, about: str, examples: str) -> argparse.ArgumentParser:
     kind = argparse.RawDescriptionHelpFormatter
     return commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=kind)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The script as ``python script.py`` would run it; ``OFTV2_ACCELERATE_PEFT=0`` leaves PEFT alone."""
+    if not os.path.exists(options.script):
+        print(f"error: there is no script {options.script}", file=sys.stderr)
+        return 2
+    if VARIABLE not in os.environ:  # importing oftv2 saw it otherwise
+        os.environ[VARIABLE] = "1"
+        accelerate_all_if_asked()
+    sys.argv = [options.script, *options.arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
+    runpy.run_path(options.script, run_name="__main__")
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -13,5 +13,9 @@ class PeftFormatWarning(UserWarning):
     """An adapter that PEFT cannot read as it is, or one of PEFT's that reads otherwise here than there."""
 
 
+class PeftRepairWarning(UserWarning):
+    """A model of PEFT's that, as asked for, no longer computes what PEFT does."""
+
+
 class RequantizationWarning(UserWarning):
     """What it cost to quantize a merged weight again."""

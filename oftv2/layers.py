@@ -17,6 +17,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward alone."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
 class OFTLinear(OFTLayer):
     r"""A frozen linear layer behind a trainable rotation: ``y = (x R) Wᵀ + bias`` (OFTv2, arXiv 2506.19847).
 
@@ -103,9 +109,7 @@ class OFTLinear(OFTLayer):
 
     def unhooked(self) -> bool:
         """Whether calling the base layer runs its class's forward alone."""
-        base = self.base_layer
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        return not any(hooks) and "forward" not in base.__dict__
+        return unhooked(self.base_layer)
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         weight = self.base_layer.weight.detach()

@@ -35,7 +35,7 @@ def offline(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_python_blocks(offline, capsys):
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     rows = torch.arange(40).view(4, 10) % 128
     names = {
         "batches": [rows[:2], rows[2:]],
@@ -51,6 +51,7 @@ def test_python_blocks(offline, capsys):
     assert type(names["model"].model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert names["model"].model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert names["y"].shape == (8, 128, 4096)
+    assert type(names["peft_model"].base_model).__module__ == "oftv2.peft_layers"
 
 
 def test_measured_section_is_what_the_committed_results_say():
