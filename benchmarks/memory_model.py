@@ -125,13 +125,14 @@ def _adapters_kept(step: Step) -> int:
         return shared + _delta_kept(step)
     if method in ("lora", "lora-16bit"):
         return own + low_rank
-    if method == "dora":  # the outputs of the base layer and of the two factors, and the factors that scale them
-        return own + low_rank + T * outputs * (s + a) + outputs * a
+    if method == "dora":  # the outputs of the base layer and of the two factors, and three vectors that scale them
+        return own + low_rank + T * outputs * (s + a) + 3 * outputs * a
     if method == "peft-oft":
         return own + 4 * blocks  # Q, Q², Q³ and R
     rotated = sum(n * d for d, n in shapes) * s
     if method == "oftv1":
-        return shared + rotated + 3 * blocks  # I + Q, the inverse and what it is the inverse of
+        # I + Q and the inverse of I − Q, and where in a block each generator goes.
+        return shared + rotated + 2 * blocks + len(shapes) * 8 * step.block_size * (step.block_size - 1)
     # The dense identity that the dense rotation is multiplied with, the rotated weight, and the scaled one.
     return shared + sum(d * d for d, _ in shapes) * s + 2 * rotated + 3 * blocks
 
@@ -166,36 +167,42 @@ def kept(step: Step) -> int:
     once = 2 * step.sequence * size.hidden // size.heads * s  # cosines and sines of the positions
     once += T * (4 * size.hidden + 4) + head_kept(step)
     if step.method == "full":
-        once += 2 * T * size.hidden * s + 8 * T
+        once += 2 * T * size.hidden * s
+    if step.method == "frozen" and s < 4 and not step.checkpointing:
+        once += T * size.hidden * s  # the embedding's output, which has a gradient
     if step.checkpointing:
-        return once + size.layers * T * size.hidden * s
+        return once + size.layers * T * size.hidden * s + 8 * step.sequence  # and the positions
     if not step.input_gradient:
         once -= T * (4 * size.hidden + 4)  # nothing asks for the first norm's gradient
-        if step.method == "peft-oft":
-            once -= 3 * size.hidden * step.block_size * 4  # and R of the first q, k and v is not needed
+        first = size.hidden + 2 * size.kv  # nor for that of its q, k and v
+        once -= {
+            "peft-oft": 3 * size.hidden * step.block_size * 4,
+            "dora": first * step.adapter_itemsize,
+            "oftv1": first * size.hidden * s,
+            "oft-peft-0.15": first * size.hidden * s,
+        }.get(step.method, 0)
     return once + size.layers * layer_kept(step)
 
 
 def layer_transient(step: Step) -> int:
-    """The largest temporary tensors of one layer's backward pass, beside what is kept."""
+    """The largest temporary tensors of one layer's backward pass, beside what is kept: those of ``down_proj``."""
     size, T, s, a = step.size, step.tokens, step.itemsize, step.adapter_itemsize
-    # The layer's gradient, and the product of gate and up with its two factors' gradients.
-    activations = T * (size.hidden + 2 * size.ffn) * s
-    if step.method in ("lora", "peft-oft", "dora") and a != s:
-        activations += T * size.ffn * a
-    largest = max(n * d for d, n in size.projections.values())
-    widest = size.ffn
+    wide = T * size.ffn
+    # Gradients of its input, and of both factors of that, by when an adapter's input is freed.
+    one, two = wide * s, (3 if step.method == "frozen" else 2) * wide * s
+    if a != s:  # copies in the adapter's dtype
+        two += {"lora": 1, "peft-oft": 2, "dora": 2}.get(step.method, 0) * wide * a
+    largest, square = size.hidden * size.ffn, size.ffn**2
+    weight = 0
     if step.base == "nf4":
-        activations += largest * s  # a dequantized weight
-    elif step.method == "oft" and (forms := _in_weight_form(step)):
-        activations += max(n * d for d, n in forms) * s  # a rotated weight
-    if step.method in ("oftv1", "oft-peft-0.15"):
-        activations += largest * s + widest * widest * (
-            s + 4
-        )  # the rotated weight's gradient, and the dense rotation's
-    if step.method == "dora":
-        activations += 3 * largest * a + widest * widest * a  # W, its update and their sum; an identity to multiply
-    return activations
+        weight = largest * s  # dequantized
+    elif step.method == "oft":
+        weight = max((n * d for d, n in _in_weight_form(step)), default=0) * s  # rotated
+    elif step.method in ("oftv1", "oft-peft-0.15"):  # gradients of the rotated weight and of the dense rotation
+        weight = largest * s + square * (s if s == 4 else s + 4)
+    elif step.method == "dora":  # the weight, its update and their sum; an identity to multiply
+        weight = 3 * largest * a + square * a
+    return T * size.hidden * s + max(two, one + weight)
 
 
 def peak(step: Step) -> int:
@@ -204,11 +211,13 @@ def peak(step: Step) -> int:
     adapter = trainable(step) * step.adapter_itemsize
     standing = weights(step) + 2 * adapter + (0 if step.method == "full" else adapter)
     loss = kept(step) + 8 * T * size.vocabulary  # gradients of the loss and of the softmax, in float32
-    layers = kept(step) - head_kept(step) + layer_transient(step) + adapter // max(1, size.layers)
-    if step.checkpointing:
-        layers += layer_kept(step)
+    after = kept(step) - head_kept(step)
+    norm = after + 5 * 4 * T * size.hidden  # temporary tensors of its backward pass, in float32
+    layer = after - T * (4 * size.hidden + 4) + layer_transient(step)
+    if step.checkpointing:  # in float32, what the layer keeps of its input is what was kept already
+        layer += layer_kept(step) - (4 * T * size.hidden if step.itemsize == 4 else 0)
     update = 2 * adapter  # gradients, and a denominator of their size
-    return standing + max(loss, layers, update)
+    return standing + max(loss, norm, layer, update)
 
 
 def rows(batch: int = 4, sequence: int = 2048) -> list[dict[str, object]]:
