@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def together(options: Options, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A model for each method, on tensors that they share (all but ``full``, which trains its own), and what is missing.
+    """A model for each method, on tensors that they share (but ``full``, which trains its own), and what is missing.
 
     Raises:
         SystemExit: a fresh adapter changes what its base computes.
@@ -26,7 +26,7 @@ def together(options: Options, names: list[str]) -> tuple[dict[str, Any], dict[s
     ids = tokens(options, 2, 16)
     for nf4 in sorted({METHODS[name].nf4 for name in names}):
         base = models.load(options.model, options.device, options.dtype, nf4=nf4, seed=options.seed)
-        # In training mode: the first evaluation lets bitsandbytes repack 4-bit weights on a CPU, and round their scales.
+        # In training mode: in an evaluation, bitsandbytes would repack 4-bit weights on a CPU and round their scales.
         with torch.no_grad():
             expected = base(ids).logits
         for name in names:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from gpu_measure import MissingError, Settings, at_least, at_most, close, medians, random, row
-from measure import Run
+from gpu_measure import Settings, at_least, at_most, close, medians, random, row
+from measure import MissingError, Run
 from torch import Tensor
 
 from oftv2 import functional as F

@@ -162,7 +162,9 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 def on_layer(name: str, base: nn.Module, sizes: Sizes) -> nn.Module:
     """The layer of one method around ``base``, with small random adapter weights."""
-    model = attach(name, nn.Sequential(base), sizes, ["0"])
+    alone: Any = nn.Sequential(base)
+    alone.is_loaded_in_4bit = METHODS[name].nf4  # by this PEFT tells
+    model = attach(name, alone, sizes, ["0"])
     return perturb(name, model).get_submodule("base_model.model.0" if hasattr(model, "peft_config") else "0")
 
 

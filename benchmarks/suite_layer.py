@@ -1,6 +1,6 @@
 """One linear layer beside its peers, over tokens, block sizes and widths: the suite ``layer``.
 
-Forward and backward with the gradients of the input and of the adapter; with one token a forward pass without gradients.
+Forward and backward with the gradients of the input and of the adapter; one token forward only, without gradients.
 """
 
 from __future__ import annotations
