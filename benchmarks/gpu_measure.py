@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from measure import Run, environment, interleave
+from model_sizes import SIZES
 from torch import Tensor
 
 # hidden size, size of k and v, size of the feed-forward layer
-MODELS = {"Llama-3-8B": (4096, 1024, 14336), "Qwen2.5-7B": (3584, 512, 18944)}
+MODELS = {name: (SIZES[name].hidden, SIZES[name].kv, SIZES[name].ffn) for name in ("Llama-3-8B", "Qwen2.5-7B")}
 TINY = {"tiny": (64, 32, 128)}
 
 

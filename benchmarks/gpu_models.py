@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import models
 import torch
-from gpu_measure import Settings, at_most, medians, row
+from gpu_measure import MODELS, Settings, at_most, medians, row
 from measure import require
 from methods import METHODS, Sizes, attach, available
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ def steps_nf4(settings: Settings) -> list[dict[str, object]]:
 
 
 def _names(settings: Settings) -> list[str]:
-    return list(models.SIZES)[: 1 if settings.quick else 2] if settings.real else list(models.TINY)
+    # All sizes: `python benchmarks/run.py sizes`.
+    return list(MODELS)[: 1 if settings.quick else 2] if settings.real else [models.TINY_NAME]
 
 
 def _steps(settings: Settings, name: str, own: str, goals: dict[str, float | None]) -> list[dict[str, object]]:

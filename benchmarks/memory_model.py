@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 # What a step on one GPU of so many GiB may take: 24, 80 and 141 GB of marketing, less what CUDA itself takes.
 GPUS = {"24 GB": 23.0, "80 GB": 78.0, "141 GB": 138.0}
 # By base, bytes an activation.
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "nf4": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "nf4": 2, "nf4-float32": 4}
 # Packed nibbles, a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales (double quantization).
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
@@ -49,7 +49,8 @@ class Step:
 
     Attributes:
         method: of METHODS.
-        base: ``"float32"``, ``"bfloat16"`` or ``"nf4"`` (projections of 4 bit, the rest and activations of 16).
+        base: ``"float32"``, ``"bfloat16"``, ``"nf4"`` (projections of 4 bit, the rest and activations of 16), or
+            ``"nf4-float32"`` (the rest of 32).
         checkpointing: each decoder layer keeps its input alone, and runs again in the backward pass.
         device: on ``"cuda"`` the kernels make rotations on the way, and layers choose their form by its cost.
     """
@@ -85,7 +86,7 @@ class Step:
 def weights(step: Step) -> int:
     """Bytes of the base model."""
     size = step.size
-    if step.base == "nf4":
+    if step.base.startswith("nf4"):
         return round(size.linear * NF4_BYTES) + size.others * step.itemsize
     return size.parameters * step.itemsize
 
@@ -155,7 +156,7 @@ def _in_weight_form(step: Step) -> list[tuple[int, int]]:
     on = CPU if step.device == "cpu" else next(gpu for gpu in GPUS if gpu.name == "H100")
     found = []
     for d, n in step.size.projections.values():
-        problem = Problem(step.tokens, d, n, step.block_size, step.itemsize, True, step.base == "nf4")
+        problem = Problem(step.tokens, d, n, step.block_size, step.itemsize, True, step.base.startswith("nf4"))
         if cheapest(problem, (INPUT, WEIGHT), on) == WEIGHT:
             found.append((d, n))
     return found
@@ -199,7 +200,7 @@ def layer_transient(step: Step) -> int:
         two += {"lora": 1, "peft-oft": 2, "dora": 2}.get(step.method, 0) * wide * a
     largest, square = size.hidden * size.ffn, size.ffn**2
     weight = 0
-    if step.base == "nf4":
+    if step.base.startswith("nf4"):
         weight = largest * s  # dequantized
     elif step.method == "oft":
         weight = max((n * d for d, n in _in_weight_form(step)), default=0) * s  # rotated

@@ -5,6 +5,7 @@
     oft-input, oft-weight   the same, forced into one form of the layer
     peft-oft    PEFT's OFT with its defaults and the same block size         peft-qoft
     lora, dora  PEFT's, alpha = 2 · rank                                     qlora
+    lora-16bit  LoRA with factors in the base's dtype, not in float32        qlora-16bit
     oftv1       the original OFT: dense products, inverses (oftv1.py)
     full        every weight trains
 
@@ -83,12 +84,12 @@ def _peft_oft(model: nn.Module, sizes: Sizes, targets: str | list[str]) -> nn.Mo
     return peft.get_peft_model(model, config)
 
 
-def _lora(**options: Any) -> Attach:
+def _lora(*, float32: bool = True, **options: Any) -> Attach:
     def attach(model: nn.Module, sizes: Sizes, targets: str | list[str]) -> nn.Module:
         import peft
 
         config = peft.LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=targets, **options)
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=float32)
 
     return attach
 
@@ -105,6 +106,7 @@ METHODS = {
     "oft-weight": Method(_oft("weight")),
     "peft-oft": Method(_peft_oft, needs=_PEFT),
     "lora": Method(_lora(), needs=_PEFT),
+    "lora-16bit": Method(_lora(float32=False), needs=_PEFT),
     "dora": Method(_lora(use_dora=True), needs=_PEFT),
     "oftv1": Method(_oftv1),
     "full": Method(_full),
@@ -112,6 +114,7 @@ METHODS = {
     "qoft": Method(_oft(), nf4=True, needs=_NF4),
     "peft-qoft": Method(_peft_oft, nf4=True, needs=_NF4 + _PEFT),
     "qlora": Method(_lora(), nf4=True, needs=_NF4 + _PEFT),
+    "qlora-16bit": Method(_lora(float32=False), nf4=True, needs=_NF4 + _PEFT),
 }
 
 

@@ -6,16 +6,15 @@ import copy
 import sys
 from typing import Any
 
+import model_sizes
 import torch
 from checkout import ROOT
 from measure import MissingError, require
-from methods import linear_nf4
+from model_sizes import PROJECTIONS, SIZES, Size
+from torch import nn
 
-# hidden size, feed-forward size, layers, heads, heads of k and v, vocabulary
-SIZES = {"Llama-3-8B": (4096, 14336, 32, 32, 8, 128256), "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064)}
 TINY_NAME = "tiny"
-TINY = {TINY_NAME: (64, 128, 2, 4, 2, 128)}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TINY = {TINY_NAME: model_sizes.TINY, "tiny-qwen": model_sizes.TINY_QWEN}
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, *, nf4: bool = False, seed: int = 0) -> Any:
@@ -23,7 +22,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, *, nf4: bool = Fal
 
     Args:
         name: ``"smollm2"``, a key of SIZES or TINY (random weights), or a folder or hub name.
-        nf4: its projections quantized by bitsandbytes.
+        nf4: its projections in bitsandbytes' NF4 with double quantization.
 
     Raises:
         MissingError: a package or the model is not there.
@@ -31,8 +30,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, *, nf4: bool = Fal
     require("transformers")
     if name in SIZES | TINY:
         torch.manual_seed(seed)
-        model = random_llama((SIZES | TINY)[name], device, dtype)
-        return quantize(model) if nf4 else model
+        return random_model((SIZES | TINY)[name], device, dtype, nf4=nf4)
     require("psutil")
     sys.path.insert(0, str(ROOT / "examples"))
     from _model import ModelError, default_cache, load_base, smollm2_folder
@@ -46,38 +44,63 @@ def load(name: str, device: torch.device, dtype: torch.dtype, *, nf4: bool = Fal
         sys.path.remove(str(ROOT / "examples"))
 
 
-def random_llama(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Any:
-    """A causal language model with random weights (speed does not depend on them)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_model(size: Size, device: torch.device, dtype: torch.dtype, *, nf4: bool = False) -> Any:
+    """A causal language model with random weights (speed does not depend on them), in training mode.
 
-    hidden, ffn, layers, heads, kv_heads, vocabulary = size
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        use_cache=False,
-        dtype=dtype,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).train()
-    finally:
-        torch.set_default_dtype(before)
+    One in NF4 is made layer by layer: it never takes the memory of a 16-bit model.
+    """
+    from transformers import AutoModelForCausalLM
 
-
-def quantize(model: Any) -> Any:
-    """The model with its projections in bitsandbytes' NF4, in place."""
+    with torch.device("meta" if nf4 else device):
+        model = AutoModelForCausalLM.from_config(size.config(), dtype=dtype)
+    if not nf4:
+        return model.train()
     for path, module in list(model.named_modules()):
         if path.endswith(tuple(PROJECTIONS)):
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear_nf4(module.weight.data))
+            setattr(model.get_submodule(parent), child, random_nf4(module, device))
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                value = torch.empty(parameter.shape, dtype=dtype, device=device)
+                setattr(
+                    module, name, nn.Parameter(nn.init.ones_(value) if value.dim() == 1 else value.normal_(std=0.02))
+                )
+    model.tie_weights()
     model.is_loaded_in_4bit = True  # by this PEFT tells
-    return model
+    return model.train()
+
+
+def random_nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
+    """bitsandbytes' NF4 layer of the shape and dtype of ``linear``, with random codes and scales."""
+    require("bitsandbytes")
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    n, d = linear.weight.shape
+    dtype, has_bias, groups = linear.weight.dtype, linear.bias is not None, -(-n * d // 64)
+    with torch.device("meta"):
+        layer: nn.Module = Linear4bit(d, n, has_bias, compute_dtype=dtype, quant_type="nf4")
+    scale = torch.tensor(2 * d**-0.5, device=device)  # the values of NF4 are about 0.5 at random
+    spread = torch.full((-(-groups // 256),), 0.1 * scale.item(), device=device)
+    state = QuantState(
+        absmax=torch.randint(256, (groups,), dtype=torch.uint8, device=device),
+        shape=linear.weight.shape,
+        code=get_4bit_type("nf4", device=device),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=scale,
+        state2=QuantState(absmax=spread, blocksize=256, code=create_dynamic_map().to(device), dtype=torch.float32),
+    )
+    packed = torch.randint(256, (-(-n * d // 2), 1), dtype=torch.uint8, device=device)
+    layer.weight = Params4bit(packed, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer)
+    layer.quant_state = state
+    if has_bias:
+        layer.bias = nn.Parameter(torch.zeros(n, dtype=dtype, device=device))
+    return layer
 
 
 def twin(model: Any) -> Any:

@@ -46,6 +46,7 @@ SUITES = {
     "kernels": "suite_kernels:measure",
     "step": "suite_step:measure",
     "memory": "suite_memory:measure",
+    "sizes": "suite_sizes:measure",
     "decode": "suite_decode:measure",
     "merge": "suite_merge:measure",
     "wrap": "suite_wrap:measure",

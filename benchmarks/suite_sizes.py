@@ -1,0 +1,260 @@
+"""Time and memory over the size of the model: the suite ``sizes``.
+
+On a GPU whole models with random weights in 16 bit and in NF4, as far as they fit; what does not is a row that says so.
+On a CPU one decoder layer of each, in float32: a step's time, and bytes kept for the backward pass, exactly. Groups
+that end in "memory" are taken in processes of their own. Every row has what :mod:`memory_model` predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import memory_model
+import models
+import torch
+from adapted import common, missing_rows, tokens, trained
+from measure import Row, in_fresh_process, interleave, memory, reset_peak, timings
+from memory_model import GIB, Step
+from memory_trace import kept_and_peak
+from methods import METHODS, Sizes, attach, available
+from model_sizes import SIZES, Size
+from options import Options
+from suite_step import step
+
+OWN = ["frozen", "oft", "lora", "peft-oft", "dora", "oftv1"]
+OWN_GPU = ["frozen", "oft", "lora", "lora-16bit", "peft-oft", "oftv1"]
+OWN_NF4 = ["frozen-nf4", "qoft", "qlora", "peft-qoft"]
+OWN_NF4_GPU = [*OWN_NF4, "qlora-16bit"]
+LAYER = (1, 256)  # the batch of one decoder layer
+# A step of OFTv1 that takes a CPU longer is not waited for; operations a second of two cores.
+LONGEST, OPERATIONS = 300.0, 1.0e11
+
+
+def measure(options: Options) -> Iterator[Row]:
+    sizes = {models.TINY_NAME: models.TINY[models.TINY_NAME]} if options.quick else SIZES
+    suite = _whole if options.device.type == "cuda" else _one_layer
+    for name, size in sizes.items():
+        yield from suite(name, size, options)
+
+
+# -------------------------------------------------------------------------------------------------------- one layer
+
+
+def _one_layer(name: str, full: Size, options: Options) -> Iterator[Row]:
+    size = full.one_layer()
+    for own, base in ((OWN, options.dtype_name), (OWN_NF4, f"nf4-{options.dtype_name}")):
+        names = options.choose(own)
+        for what, measured in (("", _timed), (", memory", _resident)):
+            group = f"{name}, one layer, {base}, {LAYER[0]} x {LAYER[1]}{what}"
+            if names and options.wanted(group):
+                shared = _shared(group, name, full, base, *LAYER, False, options)
+                yield from measured(group, shared, names, size, base, options)
+
+
+def _timed(group: str, shared: Row, names: list[str], size: Size, base: str, options: Options) -> Iterator[Row]:
+    names, missing = available(names)
+    if "oftv1" in names and (seconds := 6 * _dense(size) / OPERATIONS) > LONGEST:
+        names.remove("oftv1")
+        missing["oftv1"] = f"not run: n d² products of about {seconds / 60:.0f} minutes a step"
+    yield from missing_rows(shared, missing)
+    model = _load(size, options, nf4=base.startswith("nf4"))
+    adapted = {name: attach(name, models.twin(model), options.sizes).train() for name in names}
+    ids = tokens(options, *LAYER)
+    runs = {name: step(name, adapted[name], ids) for name in names}
+    quick = {name: run for name, run in runs.items() if name != "oftv1"}
+    samples = interleave(quick, options.device, warmup=1, least=3, title=group, **options.effort)
+    if "oftv1" in runs:
+        # Seconds to minutes a step: a few rounds tell, and only beside this library's layer.
+        few = interleave({name: runs[name] for name in ("oft", "oftv1") if name in runs}, options.device, rounds=1)
+        samples["oftv1"] = few["oftv1"]
+    for name, model in adapted.items():
+        kept, peak = kept_and_peak(model, ids)
+        references = METHODS[name].ratios if name != "oftv1" else {}
+        row = {**shared, "method": name, **timings(samples, name, references)}
+        if name == "oft" and "oftv1" in runs:
+            row["over_oftv1"] = float(f"{few['oft'][0] / few['oftv1'][0]:.4g}")
+        predicted = _step(name, size, base, *LAYER, False, "cpu")
+        row |= {"kept_bytes": kept, "predicted_kept_bytes": memory_model.kept(predicted), "traced_peak_bytes": peak}
+        yield row | {"trainable": sum(parameter.numel() for parameter in trained(model))}
+
+
+def _resident(group: str, shared: Row, names: list[str], size: Size, base: str, options: Options) -> Iterator[Row]:
+    names, missing = available(names[:2] if options.quick else names)
+    for name in names:
+        predicted = memory_model.peak(_step(name, size, base, *LAYER, False, "cpu"))
+        if predicted > 0.6 * _free():
+            missing[name] = f"not run: {predicted / GIB:.1f} GiB predicted, {_free() / GIB:.1f} free"
+        elif name == "oftv1" and 6 * _dense(size) / OPERATIONS > LONGEST:
+            missing[name] = "not run: takes too long"
+        else:
+            sizes = {"block_size": options.sizes.block_size, "rank": options.sizes.rank}
+            arguments = {"name": name, "size": shared["size"], "dtype": options.dtype_name, **sizes}
+            peak = in_fresh_process("suite_sizes:resident", **arguments)
+            yield {**shared, "method": name, **_gib(predicted_gib=predicted, measured_gib=peak)}
+    yield from missing_rows(shared, missing)
+
+
+def resident(name: str, size: str, dtype: str, block_size: int, rank: int) -> int:
+    """The resident set's peak over two steps of one decoder layer, beyond what the process held before; in this one."""
+    options = Options(dtype=getattr(torch, dtype), sizes=Sizes(block_size, rank))
+    small, shape = models.TINY[models.TINY_NAME], (SIZES | models.TINY)[size].one_layer()
+    for warm_up, taken in ((True, small), (False, shape)):
+        ids = tokens(options, 1, 8) if warm_up else tokens(options, *LAYER)
+        if not warm_up:
+            reset_peak(options.device)
+            before = memory(options.device, peak=False)
+        model = attach(name, _load(taken, options, nf4=METHODS[name].nf4), options.sizes).train()
+        run = step(name, model, ids)
+        for round_ in range(2):
+            run(round_)
+    return memory(options.device, peak=True) - before
+
+
+def _dense(size: Size) -> int:
+    """Multiplications of all projections' weights with dense rotations."""
+    return sum(n * d * d for d, n in size.projections.values())
+
+
+def _free() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+# ----------------------------------------------------------------------------------------------------- whole models
+
+
+def _whole(name: str, size: Size, options: Options) -> Iterator[Row]:
+    for own, base in ((OWN_GPU, options.dtype_name), (OWN_NF4_GPU, "nf4")):
+        names, missing = available(options.choose(own))
+        groups = {
+            f"{name}, {base}, {batch} x {length}{', checkpointing' * checkpointing}": (batch, length, checkpointing)
+            for batch, length in ([(2, 16)] if options.quick else memory_model.SETTINGS)
+            for checkpointing in (False, True)
+        }
+        groups = {group: how for group, how in groups.items() if names and options.wanted(group)}
+        model = None
+        if groups:
+            try:
+                model = _load(size, options, nf4=base == "nf4")
+            except torch.OutOfMemoryError:
+                missing |= dict.fromkeys(names, "out of memory: the weights alone")
+        for group, how in groups.items():
+            shared = _shared(group, name, size, base, *how, options)
+            yield from missing_rows(shared, missing)
+            if model is not None:
+                yield from _adapters(group, shared, model, names, size, base, how, options)
+        del model
+
+
+def _adapters(
+    group: str,
+    shared: Row,
+    base_model: Any,
+    names: list[str],
+    size: Size,
+    base: str,
+    how: tuple[int, int, bool],
+    options: Options,
+) -> Iterator[Row]:
+    """Each method on the same weights: memory with no other adapter there, then time, in turn."""
+    batch, length, checkpointing = how
+    ids = tokens(options, batch, length)
+    rows: dict[str, Row] = {}
+    runs = {}
+    for name in names:
+        rows[name] = {**shared, "method": name}
+        predicted = memory_model.peak(_step(name, size, base, *how, options.device.type))
+        rows[name] |= _gib(predicted_gib=predicted)
+        model = None
+        try:
+            model = attach(name, models.twin(base_model), options.sizes).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            rows[name] |= _gib(measured_gib=_peak(step(name, model, ids), options.device))
+        except torch.OutOfMemoryError:
+            rows[name]["missing"] = "out of memory"
+            continue
+        finally:
+            del model
+            _collect(options.device)
+    for name in names:
+        if "missing" not in rows[name]:
+            model = attach(name, models.twin(base_model), options.sizes).train()
+            runs[name] = step(name, model, ids)
+    try:
+        samples = interleave(runs, options.device, wall=True, warmup=1, least=3, title=group, **options.effort)
+        for name in runs:
+            ratios = METHODS[name].ratios | ({"over_oftv1": "oftv1"} if name == "oft" else {})
+            rows[name] |= timings(samples, name, ratios)
+    except torch.OutOfMemoryError:
+        for name in runs:
+            rows[name]["missing"] = "out of memory with the other adapters beside it: not timed"
+    runs.clear()
+    _collect(options.device)
+    yield from with_goals(rows)
+
+
+def _peak(run: Any, device: torch.device) -> int:
+    """The allocator's peak in a step, once the optimizer has its states; of the process on a CPU."""
+    run(0)
+    reset_peak(device)
+    run(1)
+    return memory(device, peak=True)
+
+
+def _collect(device: torch.device) -> None:
+    import gc
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# What is asked for, of the time and the memory of `oft` and `qoft`: at most so much of another method's.
+GOALS = {
+    "oft": {"lora": (1.0, 1.0), "lora-16bit": (1.0, 1.0), "oftv1": (0.1, 1 / 3)},
+    "qoft": {"qlora": (1.0, 1.0), "qlora-16bit": (1.0, 1.0)},
+}
+
+
+def with_goals(rows: dict[str, Row]) -> list[Row]:
+    """The rows of a group, and in that of this library the goals that it meets and misses."""
+    for own, others in GOALS.items():
+        if own not in rows:
+            continue
+        told = []
+        for other, limits in others.items():
+            for column, limit in zip(("ms", "measured_gib"), limits, strict=True):
+                mine, theirs = rows[own].get(column), rows.get(other, {}).get(column)
+                if mine and theirs:
+                    mark = "met" if mine <= limit * theirs else "MISSED"
+                    told.append(f"{column} <= {limit:.2g} {other}: {mine / theirs:.2f} {mark}")
+        rows[own]["goals"] = "; ".join(told)
+    return list(rows.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ shared
+
+
+def _gib(**amounts: float) -> Row:
+    return {name: float(f"{amount / GIB:.4g}") for name, amount in amounts.items()}
+
+
+def _load(size: Size, options: Options, *, nf4: bool) -> Any:
+    torch.manual_seed(options.seed)
+    return models.random_model(size, options.device, options.dtype, nf4=nf4)
+
+
+def _step(name: str, size: Size, base: str, batch: int, length: int, checkpointing: bool, device: str) -> Step:
+    on_nf4 = {label: method for method, label in memory_model.METHODS.items()}
+    return Step(size, on_nf4.get(name, name), base, batch, length, checkpointing, device)
+
+
+def _shared(
+    group: str, name: str, size: Size, base: str, batch: int, length: int, checkpointing: bool, options: Options
+) -> Row:
+    how = {"batch": batch, "length": length, "tokens": batch * length, "checkpointing": checkpointing}
+    row = common(options, group, size=name, parameters=size.parameters, base_dtype=base, **how)
+    return {key: value for key, value in row.items() if key != "model"}
