@@ -23,18 +23,19 @@ from model_sizes import SIZES, Size
 from options import Options
 from suite_step import step
 
-OWN = ["frozen", "oft", "lora", "peft-oft", "dora", "oftv1"]
+OWN = ["frozen", "oft", "lora", "peft-oft", "dora"]
+OWN_V1 = ["oft", "oftv1"]
 OWN_GPU = ["frozen", "oft", "lora", "lora-16bit", "peft-oft", "oftv1"]
 OWN_NF4 = ["frozen-nf4", "qoft", "qlora", "peft-qoft"]
 OWN_NF4_GPU = [*OWN_NF4, "qlora-16bit"]
 LAYER = (1, 256)  # the batch of one decoder layer
-# A step of OFTv1 that takes a CPU longer is not waited for; operations a second of two cores.
-LONGEST, OPERATIONS = 300.0, 1.0e11
+# A step of OFTv1 that would take longer, in seconds, is not waited for; operations a second of two cores.
+LONGEST, OPERATIONS = 200.0, 1.0e11
 
 
 def measure(options: Options) -> Iterator[Row]:
     sizes = {models.TINY_NAME: models.TINY[models.TINY_NAME]} if options.quick else SIZES
-    suite = _whole if options.device.type == "cuda" else _one_layer
+    suite = whole if options.device.type == "cuda" else _one_layer
     for name, size in sizes.items():
         yield from suite(name, size, options)
 
@@ -44,56 +45,73 @@ def measure(options: Options) -> Iterator[Row]:
 
 def _one_layer(name: str, full: Size, options: Options) -> Iterator[Row]:
     size = full.one_layer()
-    for own, base in ((OWN, options.dtype_name), (OWN_NF4, f"nf4-{options.dtype_name}")):
-        names = options.choose(own)
-        for what, measured in (("", _timed), (", memory", _resident)):
-            group = f"{name}, one layer, {base}, {LAYER[0]} x {LAYER[1]}{what}"
-            if names and options.wanted(group):
-                shared = _shared(group, name, full, base, *LAYER, False, options)
-                yield from measured(group, shared, names, size, base, options)
+    f32, nf4 = options.dtype_name, f"nf4-{options.dtype_name}"
+    parts = [(OWN, f32, "", _timed), (OWN_V1, f32, ", beside OFTv1", _beside_v1), (OWN_NF4, nf4, "", _timed)]
+    parts += [(OWN, f32, ", memory", _resident), (OWN_NF4, nf4, ", memory", _resident)]
+    for own, base, what, measured in parts:
+        names, missing = available(options.choose(own))
+        group = f"{name}, one layer, {base}, {LAYER[0]} x {LAYER[1]}{what}"
+        if names and options.wanted(group):
+            shared = _shared(group, name, full, base, *LAYER, False, options)
+            yield from measured(group, shared, names, missing, size, base, options)
+            yield from missing_rows(shared, missing)
 
 
-def _timed(group: str, shared: Row, names: list[str], size: Size, base: str, options: Options) -> Iterator[Row]:
-    names, missing = available(names)
-    if "oftv1" in names and (seconds := 6 * _dense(size) / OPERATIONS) > LONGEST:
-        names.remove("oftv1")
-        missing["oftv1"] = f"not run: n d² products of about {seconds / 60:.0f} minutes a step"
-    yield from missing_rows(shared, missing)
-    model = _load(size, options, nf4=base.startswith("nf4"))
-    adapted = {name: attach(name, models.twin(model), options.sizes).train() for name in names}
+def _timed(
+    group: str, shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
+) -> Iterator[Row]:
     ids = tokens(options, *LAYER)
-    runs = {name: step(name, adapted[name], ids) for name in names}
-    quick = {name: run for name, run in runs.items() if name != "oftv1"}
-    samples = interleave(quick, options.device, warmup=1, least=3, title=group, **options.effort)
-    if "oftv1" in runs:
-        # Seconds to minutes a step: a few rounds tell, and only beside this library's layer.
-        few = interleave({name: runs[name] for name in ("oft", "oftv1") if name in runs}, options.device, rounds=1)
-        samples["oftv1"] = few["oftv1"]
+    adapted = _adapted(names, size, base, options)
+    runs = {name: step(name, model, ids) for name, model in adapted.items()}
+    samples = interleave(runs, options.device, warmup=1, least=3, title=group, **options.effort)
     for name, model in adapted.items():
-        kept, peak = kept_and_peak(model, ids)
-        references = METHODS[name].ratios if name != "oftv1" else {}
-        row = {**shared, "method": name, **timings(samples, name, references)}
-        if name == "oft" and "oftv1" in runs:
-            row["over_oftv1"] = float(f"{few['oft'][0] / few['oftv1'][0]:.4g}")
-        predicted = _step(name, size, base, *LAYER, False, "cpu")
-        row |= {"kept_bytes": kept, "predicted_kept_bytes": memory_model.kept(predicted), "traced_peak_bytes": peak}
-        yield row | {"trainable": sum(parameter.numel() for parameter in trained(model))}
+        row = {**shared, "method": name, **timings(samples, name, METHODS[name].ratios)}
+        yield row | _kept(name, model, ids, size, base)
 
 
-def _resident(group: str, shared: Row, names: list[str], size: Size, base: str, options: Options) -> Iterator[Row]:
-    names, missing = available(names[:2] if options.quick else names)
-    for name in names:
+def _beside_v1(
+    group: str, shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
+) -> Iterator[Row]:
+    seconds = 6 * sum(n * d * d for d, n in size.projections.values()) / OPERATIONS  # the dense products of a step
+    if seconds > LONGEST:
+        missing["oftv1"] = f"not run: n d² products take about {seconds / 60:.0f} minutes a step"
+        return
+    ids = tokens(options, *LAYER)
+    adapted = _adapted([name for name in names if name in OWN_V1], size, base, options)
+    runs = {name: step(name, model, ids) for name, model in adapted.items()}
+    slow = seconds > 2
+    samples = interleave(runs, options.device, warmup=0 if slow else 1, rounds=2 if slow else options.rounds, least=2)
+    for name, model in adapted.items():
+        row = {**shared, "method": name, **timings(samples, name, {"over_oftv1": "oftv1"})}
+        yield row | (_kept(name, model, ids, size, base) if not slow or name != "oftv1" else {})
+
+
+def _adapted(names: list[str], size: Size, base: str, options: Options) -> dict[str, Any]:
+    """A model for each method, on weights that they share."""
+    model = _load(size, options, nf4=base.startswith("nf4"))
+    return {name: attach(name, models.twin(model), options.sizes).train() for name in names}
+
+
+def _kept(name: str, model: Any, ids: torch.Tensor, size: Size, base: str) -> Row:
+    """Bytes kept for the backward pass, counted and predicted."""
+    kept, peak = kept_and_peak(model, ids)
+    predicted = memory_model.kept(_step(name, size, base, *LAYER, False, "cpu"))
+    trainable = sum(parameter.numel() for parameter in trained(model))
+    return {"kept_bytes": kept, "predicted_kept_bytes": predicted, "traced_peak_bytes": peak, "trainable": trainable}
+
+
+def _resident(
+    group: str, shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
+) -> Iterator[Row]:
+    for name in names[:2] if options.quick else names:
         predicted = memory_model.peak(_step(name, size, base, *LAYER, False, "cpu"))
         if predicted > 0.6 * _free():
             missing[name] = f"not run: {predicted / GIB:.1f} GiB predicted, {_free() / GIB:.1f} free"
-        elif name == "oftv1" and 6 * _dense(size) / OPERATIONS > LONGEST:
-            missing[name] = "not run: takes too long"
-        else:
-            sizes = {"block_size": options.sizes.block_size, "rank": options.sizes.rank}
-            arguments = {"name": name, "size": shared["size"], "dtype": options.dtype_name, **sizes}
-            peak = in_fresh_process("suite_sizes:resident", **arguments)
-            yield {**shared, "method": name, **_gib(predicted_gib=predicted, measured_gib=peak)}
-    yield from missing_rows(shared, missing)
+            continue
+        sizes = {"block_size": options.sizes.block_size, "rank": options.sizes.rank}
+        arguments = {"name": name, "size": shared["size"], "dtype": options.dtype_name, **sizes}
+        peak = in_fresh_process("suite_sizes:resident", **arguments)
+        yield {**shared, "method": name, **_gib(predicted_gib=predicted, measured_gib=peak)}
 
 
 def resident(name: str, size: str, dtype: str, block_size: int, rank: int) -> int:
@@ -112,11 +130,6 @@ def resident(name: str, size: str, dtype: str, block_size: int, rank: int) -> in
     return memory(options.device, peak=True) - before
 
 
-def _dense(size: Size) -> int:
-    """Multiplications of all projections' weights with dense rotations."""
-    return sum(n * d * d for d, n in size.projections.values())
-
-
 def _free() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -125,7 +138,7 @@ def _free() -> int:
 # ----------------------------------------------------------------------------------------------------- whole models
 
 
-def _whole(name: str, size: Size, options: Options) -> Iterator[Row]:
+def whole(name: str, size: Size, options: Options) -> Iterator[Row]:
     for own, base in ((OWN_GPU, options.dtype_name), (OWN_NF4_GPU, "nf4")):
         names, missing = available(options.choose(own))
         groups = {
