@@ -31,6 +31,7 @@ import checkout
 checkout.make_importable()
 
 import torch  # noqa: E402
+
 from measure import MissingError, Row, environment, keep_freed_memory  # noqa: E402
 from methods import METHODS, Sizes  # noqa: E402
 from options import Options  # noqa: E402
@@ -100,16 +101,15 @@ def find(suite: str) -> Callable[[Options], Iterable[Row]]:
 def run(suite: str, options: Options, results: Results, about: Row) -> list[Row]:
     """Measures a suite and returns its new rows; each group is written when it is complete."""
     new: list[Row] = []
+    start = time.perf_counter()
     try:
         groups = itertools.groupby(find(suite)(options), key=lambda row: row["group"])
         for group, found in groups:
-            start = time.perf_counter()
             rows = [{"suite": suite, **row, "seed": options.seed, "run": RUN, **about} for row in found]
             results.add(rows)
             new += rows
-            print(
-                f"{suite}: {group}: {len(rows)} rows, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True
-            )
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            print(f"{suite}: {group}: {len(rows)} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
     except MissingError as error:
         rows = [{"suite": suite, "group": suite, "missing": str(error), "run": RUN, **about}]
         results.add(rows)
