@@ -175,8 +175,8 @@ def section() -> str:
     """The whole section."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
     layer, step = load("layer-cpu"), load("step-cpu")
-    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores, less is better (`make bench`: ratios within rounds;
-"equal" where their quartiles straddle 1):
+    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores, ratios within rounds (`make bench`; less is better; "equal"
+where the quartiles straddle 1):
 
 {answers("cpu")}
 
