@@ -6,9 +6,10 @@ import statistics
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from measure import Run, environment, interleave
 from model_sizes import SIZES
-from torch import Tensor
 
 # hidden size, size of k and v, size of the feed-forward layer
 MODELS = {name: (SIZES[name].hidden, SIZES[name].kv, SIZES[name].ffn) for name in ("Llama-3-8B", "Qwen2.5-7B")}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkout
+
 from model_sizes import SIZES, Size
 
 GIB = 2**30

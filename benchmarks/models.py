@@ -6,12 +6,13 @@ import copy
 import sys
 from typing import Any
 
-import model_sizes
 import torch
 from checkout import ROOT
+from torch import nn
+
+import model_sizes
 from measure import MissingError, require
 from model_sizes import PROJECTIONS, SIZES, Size
-from torch import nn
 
 TINY_NAME = "tiny"
 TINY = {TINY_NAME: model_sizes.TINY, "tiny-qwen": model_sizes.TINY_QWEN}

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model_sizes import SIZES
-
 from kernel_costs import (
     MACHINES,
     Cost,
@@ -37,6 +35,7 @@ from kernel_costs import (
     weight_delta_grad,
     weight_forward,
 )
+from model_sizes import SIZES
 
 BLOCK_SIZE = 32
 TRAINING_TOKENS = 8192

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import torch
 from adapted import base_of, common, missing_rows, tokens, trained
+from suite_step import OWN, OWN_NF4, step
+
+import models
 from measure import Row, bar, in_fresh_process, memory, reset_peak, saved_bytes
 from methods import METHODS, Sizes, attach, available
 from options import Options
-from suite_step import OWN, OWN_NF4, step
 
 STEPS = 3
 

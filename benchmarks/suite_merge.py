@@ -10,11 +10,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import torch
 from adapted import base_of, common, missing_rows, together, tokens
-from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
 from merging import MERGE, check_merged
+
+import models
+from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
 from methods import METHODS, Sizes, attach, available, perturb
 from options import Options
 

@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import memory_model
-import models
 import torch
 from adapted import common, missing_rows, tokens, trained
+from suite_step import step
+
+import memory_model
+import models
 from measure import Row, in_fresh_process, interleave, memory, reset_peak, timings
 from memory_model import GIB, Step
 from memory_trace import kept_and_peak
 from methods import METHODS, Sizes, attach, available
 from model_sizes import SIZES, Size
 from options import Options
-from suite_step import step
 
 OWN = ["frozen", "oft", "lora", "peft-oft", "dora"]
 OWN_V1 = ["oft", "oftv1"]

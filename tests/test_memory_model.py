@@ -6,20 +6,20 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+
 import memory_model
 import model_sizes
 import models
-import pytest
+import oftv2.base
+import oftv2.functional
 import suite_sizes
-import torch
 from memory_model import Step
 from memory_trace import Storages, kept_and_peak
 from methods import METHODS, Sizes, attach
 from model_sizes import SIZES, TINY, TINY_QWEN, Size
 from options import Options
-
-import oftv2.base
-import oftv2.functional
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2 * 96).view(2, 96) % 128

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory_trace import Storages
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conftest import randomize
+from memory_trace import Storages
 from oftv2 import wrap_model
 from other_backends import MAKERS, adapted, each_maker, parts, quantized
 from quantized import quantize, relative
