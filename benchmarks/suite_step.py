@@ -13,8 +13,8 @@ from measure import Row, Run, interleave, spread, timings
 from methods import METHODS
 from options import Options
 
-OWN = ["frozen", "oft", "peft-oft", "lora", "dora", "oftv1", "full"]
-OWN_NF4 = ["frozen-nf4", "qoft", "peft-qoft", "qlora"]
+OWN = ["frozen", "oft", "lora", "peft-oft", "dora", "full", "oftv1"]
+OWN_NF4 = ["frozen-nf4", "qoft", "qlora", "peft-qoft"]
 
 
 def batches(options: Options) -> list[tuple[int, int]]:
