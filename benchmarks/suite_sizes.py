@@ -81,7 +81,7 @@ def _beside_v1(
     adapted = _adapted([name for name in names if name in OWN_V1], size, base, options)
     runs = {name: step(name, model, ids) for name, model in adapted.items()}
     slow = seconds > 2
-    samples = interleave(runs, options.device, warmup=0 if slow else 1, rounds=2 if slow else options.rounds, least=2)
+    samples = interleave(runs, options.device, warmup=0 if slow else 1, rounds=1 if slow else options.rounds)
     for name, model in adapted.items():
         row = {**shared, "method": name, **timings(samples, name, {"over_oftv1": "oftv1"})}
         yield row | (_kept(name, model, ids, size, base) if not slow or name != "oftv1" else {})

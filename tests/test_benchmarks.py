@@ -139,7 +139,9 @@ def test_every_method_trains_what_it_says(name: str) -> None:
     model = methods.attach(name, model, Sizes(block_size=16, rank=4))
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
     marks = {"frozen": None, "full": "weight", "lora": "lora_", "qlora": "lora_", "dora": "lora_"}
-    mark = marks.get(name.removesuffix("-nf4").removesuffix("-16bit"), "oft_R" if name.startswith("peft") else "generators")
+    mark = marks.get(
+        name.removesuffix("-nf4").removesuffix("-16bit"), "oft_R" if name.startswith("peft") else "generators"
+    )
     assert bool(trained) == (mark is not None)
     assert all(mark in path for path in trained)
 
