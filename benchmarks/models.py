@@ -106,5 +106,6 @@ def random_nf4(linear: nn.Linear, device: torch.device) -> nn.Module:
 
 def twin(model: Any) -> Any:
     """Another model of the same tensors, which take their memory once."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]  # bitsandbytes' scales
+    shared = {id(there): there for there in (*model.parameters(), *model.buffers(), *states)}
     return copy.deepcopy(model, shared)

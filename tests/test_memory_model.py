@@ -16,7 +16,7 @@ import oftv2.base
 import oftv2.functional
 import suite_sizes
 from memory_model import Step
-from memory_trace import Storages, kept_and_peak
+from memory_trace import Storages, held, kept_and_peak
 from methods import METHODS, Sizes, attach
 from model_sizes import SIZES, TINY, TINY_QWEN, Size
 from options import Options
@@ -155,6 +155,15 @@ def test_random_models_train(nf4: bool) -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_twin_takes_no_memory() -> None:
+    model = models.random_model(TINY, CPU, torch.bfloat16, nf4=True)
+    twin = models.twin(model)
+    own, others = (held(each) for each in (model, twin))
+    assert [tensor.data_ptr() for tensor in own] == [tensor.data_ptr() for tensor in others]
+    layer = twin.model.layers[0].mlp.up_proj
+    assert layer.quant_state is layer.weight.quant_state
 
 
 def test_the_suite_on_a_cpu() -> None:
