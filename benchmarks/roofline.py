@@ -35,12 +35,13 @@ from kernel_costs import (
     weight_delta_grad,
     weight_forward,
 )
+from model_sizes import SIZES
 
 BLOCK_SIZE = 32
 TRAINING_TOKENS = 8192
 DECODING_TOKENS = (1, 16)
 # hidden size, width of k and v, width of the feed-forward layer
-MODELS = {"Llama-3-8B": (4096, 1024, 14336), "Qwen2.5-7B": (3584, 512, 18944)}
+MODELS = {name: (SIZES[name].hidden, SIZES[name].kv, SIZES[name].ffn) for name in ("Llama-3-8B", "Qwen2.5-7B")}
 
 Row = dict[str, Any]
 # A kernel's name, what it costs, and all that the layer runs without and with the adapter.

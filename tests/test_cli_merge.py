@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import oftv2
 from conftest import perturb
-from merging import (
+from merged_checkpoints import (
     SMALL,
     assert_same_state,
     base_and_adapter,

@@ -26,7 +26,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 import oftv2.checkpoint_merge
 from conftest import perturb
-from merging import (
+from merged_checkpoints import (
     assert_same_state,
     base_and_adapter,
     fails,

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from conftest import randomize
+from memory_trace import Storages
 from oftv2 import wrap_model
 from other_backends import MAKERS, adapted, each_maker, parts, quantized
 from quantized import quantize, relative
 
 T, D, N, B = 256, 128, 256, 16
-
-
-class Storages(TorchDispatchMode):
-    """Every storage that operators fill, whoever holds it afterwards: autograd, a Python attribute, a cache."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, torch.dtype, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.seen[storage._cdata] = StorageWeakRef(storage), tensor.dtype, storage.nbytes()
-        return out
-
-    def alive(self, besides: set[int]) -> list[tuple[torch.dtype, int]]:
-        """``(dtype, bytes)`` of those that still exist, but for the storages of ``besides``."""
-        return [
-            (dtype, size) for key, (ref, dtype, size) in self.seen.items() if not ref.expired() and key not in besides
-        ]
 
 
 def kept(model: nn.Module, x: torch.Tensor) -> list[tuple[torch.dtype, int]]:
