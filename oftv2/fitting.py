@@ -127,11 +127,12 @@ def _check_tied(model: nn.Module, adapter: AdapterFile) -> list[str]:
     ]
 
 
-def without_copies(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+def without_copies(adapter: AdapterFile, model: nn.Module, adapter_name: str) -> AdapterFile:
     """Without the embeddings that PEFT saves beside an adapter though it does not train them."""
 
     state = find_state(model)
     originals = {} if state is None else state.originals
+    wanted = () if state is None else state.trained.get(adapter_name, ())
 
     def is_copy(name: str) -> bool:
         try:
@@ -141,7 +142,7 @@ def without_copies(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
         saved = adapter.parameter(name)
         return name not in adapter.apart and here.shape == saved.shape and bool((here.cpu() == saved).all())
 
-    trained = tuple(name for name in adapter.trained if not is_copy(name))
+    trained = tuple(name for name in adapter.trained if name in wanted or not is_copy(name))
     dropped = {PREFIX + name for name in set(adapter.trained) - set(trained)}
     tensors = {key: value for key, value in adapter.tensors.items() if key not in dropped}
     return dataclasses.replace(adapter, trained=trained, tensors=tensors)

@@ -26,6 +26,7 @@ from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, describe_base
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, without_copies
+from .gradient_check import check_gradients
 from .model_card import write_card
 from .peft_format import peft_layout
 from .reading import read_adapter
@@ -162,9 +163,10 @@ def load_adapter(
 
     Raises:
         AdapterError: one error that lists all that is wrong: unreadable or truncated files, missing and unexpected
-            tensors, shapes, NaN or Inf, layers that the model lacks, other base weights.
+            tensors, shapes, NaN or Inf, layers that the model lacks, other base weights. With ``trainable=True`` also
+            a layer that lets no gradient through.
     """
-    adapter = _read_for(model, folder, as_trained)
+    adapter = _read_for(model, folder, as_trained, adapter_name or DEFAULT_ADAPTER)
     state = find_state(model)
     if adapter_name is None and state is not None and DEFAULT_ADAPTER not in state.configs:
         raise AdapterError(
@@ -180,6 +182,8 @@ def load_adapter(
     if state is not None and adapter_name in state.configs:
         problems = compare_wrapped(model, adapter, adapter_name) + check_trained(model, adapter, adapter_name)
         _check_fit(model, adapter, folder, problems, check_base)
+        if trainable:
+            check_gradients({path: layer.base_layer for path, layer in layers_of(model, adapter_name).items()})
     elif state is not None:
         check_addable(model, adapter_name)
         with plain_view(model):
@@ -190,6 +194,8 @@ def load_adapter(
         check_model(model, adapter_name)
         problems, targets = compare_plain(model, adapter)
         _check_fit(model, adapter, folder, problems + check_trained(model, adapter), check_base)
+        if trainable:
+            check_gradients({target.name: target.module for target in targets})
         install(model, adapter.config, targets, adapter_name, trained=adapter.trained)
         trainable = bool(trainable)
     _copy(model, adapter, adapter_name)
@@ -228,7 +234,7 @@ def hotswap_adapter(
             has another block size or other settings there. Nothing is changed then.
     """
     check_known(model, [adapter_name])
-    adapter = _read_for(model, folder, as_trained)
+    adapter = _read_for(model, folder, as_trained, adapter_name)
     problems = compare_wrapped(model, adapter, adapter_name, subset=True)
     problems += check_trained(model, adapter, adapter_name, subset=True)
     _check_fit(model, adapter, folder, problems, check_base)
@@ -239,12 +245,12 @@ def hotswap_adapter(
     return model
 
 
-def _read_for(model: nn.Module, folder: str | os.PathLike[str], as_trained: bool) -> AdapterFile:
-    """The adapter under the names that its layers have in ``model``."""
+def _read_for(model: nn.Module, folder: str | os.PathLike[str], as_trained: bool, adapter_name: str) -> AdapterFile:
+    """The adapter under the names that its layers have in ``model``, where it is to be ``adapter_name``."""
     adapter = read_adapter(folder, as_trained=as_trained)
     if adapter.origin not in ("oftv2", "PEFT"):
         adapter = located(adapter, model)
-    return without_copies(adapter, model) if adapter.origin == "PEFT" else adapter
+    return without_copies(adapter, model, adapter_name) if adapter.origin == "PEFT" else adapter
 
 
 def _check_fit(

@@ -270,6 +270,10 @@ class TestGradientsThatAreCut:
         loaded = load_adapter(model(), tmp_path, check_base=False)  # to answer with it needs no gradient
         with torch.no_grad():
             assert loaded(x).isfinite().all()
+        for target in (before, loaded):  # to train it on does: from the plain model, and from one wrapped alike
+            with pytest.raises(AdapterError, match=r"^1 \(and 1 other layers\): this Linear lets no gradient through"):
+                load_adapter(target, tmp_path, trainable=True, check_base=False)
+        assert [type(module) for module in before] == [nn.Linear] * 3
         assert type(wrap_model(before, block_size=8, exclude_modules=["1", "2"])[1]) is nn.Linear
 
     def test_rounding_that_only_a_trial_finds(self) -> None:
