@@ -151,7 +151,7 @@ class OFTLayer(nn.Module):
     @property
     def rotating(self) -> bool:
         """Whether a forward pass applies a rotation to the activations: one is active, neither disabled nor merged."""
-        return self.enabled and not self.merged and len(self.sequence) > 0
+        return self.enabled and not self.merged and self.sequence != ()
 
     @property
     def weight(self) -> Tensor:
@@ -195,7 +195,7 @@ class OFTLayer(nn.Module):
     def active_generators(self) -> list[Tensor]:
         """The generators of the active adapters, in their order."""
         generators = self.generators
-        return [generators[name] for name in self.sequence]
+        return [getattr(generators, name) for name in self.sequence]  # as by [name], and quicker
 
     def _build(self, generators: Sequence[Tensor], *, dropout: bool = False) -> Tensor:
         deltas = []

@@ -129,7 +129,7 @@ class KeptRotation:
         """Whether these are the generators, unchanged as far as a version counter sees."""
         if len(generators) != len(self._made_of):
             return False
-        for now, (packed, memory, version) in zip(generators, self._made_of, strict=True):
+        for now, (packed, memory, version) in zip(generators, self._made_of):  # noqa: B905  (compared above; strict costs time)
             if now is not packed or version is None or version != now._version or memory.data_ptr() != now.data_ptr():
                 return False
         return True
