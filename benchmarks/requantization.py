@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from measure import commit, cpu_name
 from oftv2.backends import find_backend
-from oftv2.base import rotated
+from oftv2.merging import rotated
 from oftv2.rotation import Rotation
 
 RESULTS = Path(__file__).parent / "results" / "requantization"

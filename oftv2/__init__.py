@@ -1,6 +1,8 @@
 """oftv2: orthogonal finetuning (OFTv2, QOFT) of large PyTorch models."""
 
 from .adapter import disable_adapter, merge, print_trainable_parameters, unmerge
+from .adapters import active_adapters, adapter_names, add_adapter, delete_adapter, set_adapter
+from .averaging import average_adapters
 from .base import OFTLayer
 from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
@@ -13,7 +15,7 @@ from .peft_acceleration import accelerate_all_if_asked as _accelerate_all_if_ask
 from .peft_acceleration import accelerate_peft
 from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
-from .serialization import load_adapter, save_adapter
+from .serialization import hotswap_adapter, load_adapter, save_adapter
 from .wrap import unwrap_model, wrap_model
 
 __version__ = "0.1.0"
@@ -35,15 +37,22 @@ __all__ = [
     "RequantizationWarning",
     "StabilityWarning",
     "accelerate_peft",
+    "active_adapters",
+    "adapter_names",
+    "add_adapter",
+    "average_adapters",
+    "delete_adapter",
     "diagnostics",
     "disable_adapter",
     "explain",
     "group_projections",
+    "hotswap_adapter",
     "load_adapter",
     "merge",
     "print_trainable_parameters",
     "reference_model",
     "save_adapter",
+    "set_adapter",
     "unmerge",
     "unwrap_model",
     "wrap_model",

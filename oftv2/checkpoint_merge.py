@@ -20,10 +20,10 @@ from torch import Tensor
 
 from . import __version__
 from .adapter_file import CONFIG_FILE, AdapterFile, write_atomically
-from .base import with_weight
 from .checkpoint import INDEX_FILE, MODEL_CONFIG, Checkpoint, open_checkpoint
 from .checkpoint_plan import Piece, Plan, make_plan
 from .errors import AdapterError
+from .merging import with_weight
 from .model_card import write_merged_card
 from .reading import read_adapter, tensors_file
 from .safetensors_stream import DTYPES, tensor_pieces, write_tensors

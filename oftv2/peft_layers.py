@@ -141,8 +141,8 @@ class _View:
         self.__dict__.update(base_layer=base_layer, peft_rotation=rotation)
 
     @property
-    def rotation(self) -> Rotation:
-        return self.__dict__["peft_rotation"].settings
+    def block_size(self) -> int:
+        return self.__dict__["peft_rotation"].settings.block_size
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.__dict__["peft_rotation"].delta()
