@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 import oftv2
 from conftest import OperatorCounter, assert_close, build
+from measure import saved_bytes
 from oftv2 import AdapterError, PeftRepairWarning, accelerate_peft
 from oftv2.__main__ import main
 from oftv2.peft_acceleration import accelerate_all_if_asked
-from peers import VIEWS, Operators, fill, output, peft_generators, peft_model, saved_bytes
+from peers import VIEWS, Operators, fill, output, peft_generators, peft_model
 from quantized import quantized
 
 D, N, B = 48, 20, 16
