@@ -183,8 +183,8 @@ def section() -> str:
     """The whole section."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
     layer, step = load("layer-cpu"), load("step-cpu")
-    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores, as ratios (`make bench`; less is better; "equal" where the
-quartiles straddle 1):
+    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores (`make bench`). Less is better; "equal" where quartiles
+of the ratios straddle 1:
 
 {answers("cpu")}
 
