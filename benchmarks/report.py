@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+
 import plots
 from plots import Row, load
 
@@ -160,10 +161,13 @@ def number(row: Row, key: str, form: str, scale: float = 1.0, unit: str = "") ->
 
 def where(rows: list[Row]) -> str:
     """On what machine, with which versions, in how many rounds."""
-    row = next(row for row in rows if "rounds" in row)
-    rounds = sorted({row["rounds"] for row in rows if "rounds" in row})
-    packages = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    return f"{row['device']}, {row['threads']} threads, {packages}; medians of {rounds[0]} to {rounds[-1]} rounds"
+    timed = [row for row in rows if "rounds" in row]
+    if not timed:
+        return "not measured here"
+    row, rounds = timed[-1], sorted({row["rounds"] for row in timed})
+    packages = ", ".join(f"{name} {row[name]}" for name in ("torch", "peft", "bitsandbytes") if row[name] != "unknown")
+    counted = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else rounds[0]
+    return f"{row['device']}, {row['threads']} threads, {packages}; medians of {counted} rounds"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -183,12 +187,12 @@ def section() -> str:
     """The whole section."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
     layer, step = load("layer-cpu"), load("step-cpu")
-    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores (`make bench`). Less is better; "equal" where quartiles
-of the ratios straddle 1:
+    return f"""**Against LoRA and QLoRA**: SmolLM2-135M on two cores. Less is better, and "equal" is where the quartiles
+straddle 1:
 
 {answers("cpu")}
 
-The figures behind it (float32: {where(step)}):
+The figures behind it ({where(step)}), with a float32 and an NF4 base:
 
 {model_table("cpu", ("frozen", "oft", "lora", "dora", "peft-oft", "oftv1", "full"))}
 
