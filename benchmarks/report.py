@@ -187,6 +187,8 @@ def section() -> str:
     """The whole section."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
     layer, step = load("layer-cpu"), load("step-cpu")
+    timed = [*layer, *step, *(row for suite in ("decode", "merge", "wrap") for row in load(f"{suite}-cpu"))]
+    busiest = max(row.get("others_cpu", 0.0) for row in timed)
     return f"""**Against LoRA and QLoRA**: SmolLM2-135M on two cores. Less is better, and "equal" is where the quartiles
 straddle 1:
 
@@ -210,7 +212,8 @@ rotation's CPU path was reworked, so its speed is that of the version before):
 
 {finetune_table(finetune)}
 
-These are measurements on a shared machine; differences of a few percent are noise. Nothing was measured on a GPU.
+These are measurements on a shared machine, where other programs took up to {busiest:.0%} of the processors meanwhile;
+differences of a few percent are noise. Nothing was measured on a GPU.
 """
 
 

@@ -97,7 +97,10 @@ def find(suite: str) -> Callable[[Options], Iterable[Row]]:
     module, _, function = SUITES[suite].partition(":")
     if importlib.util.find_spec(module) is None:
         raise MissingError(f"benchmarks/{module}.py is not there")
-    return getattr(importlib.import_module(module), function)
+    found = getattr(importlib.import_module(module), function, None)
+    if found is None:
+        raise MissingError(f"benchmarks/{module}.py has no function {function}(options)")
+    return found
 
 
 def run(suite: str, options: Options, results: Results, about: Row) -> list[Row]:
