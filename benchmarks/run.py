@@ -75,6 +75,7 @@ class Results:
     def add(self, rows: list[Row]) -> None:
         """Puts new rows in the place of those of the same group and method."""
         new = {(row["group"], row.get("method", "")) for row in rows}
+        new |= {(row.get("suite"), "") for row in rows}  # that the suite as a whole was missing
         self.rows = [row for row in self.rows if (row["group"], row.get("method", "")) not in new] + rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in self.rows)
