@@ -194,11 +194,14 @@ straddle 1:
 
 {answers("cpu")}
 
-The figures behind it ({where(step)}), with a float32 and an NF4 base:
+The figures behind it, with a float32 and an NF4 base ({where(step)}):
 
 {model_table("cpu", ("frozen", "oft", "lora", "dora", "peft-oft", "oftv1", "full"))}
 
 {model_table("cpu", ("frozen-nf4", "qoft", "qlora", "peft-qoft"))}
+
+Memory is the resident set of one process each, with what glibc's allocator holds back, and varies by it; what is kept
+for the backward pass is counted exactly.
 
 **One layer**, forward and backward with the input's gradient, time over the frozen layer's (float32;
 {where(layer)}):
