@@ -53,6 +53,13 @@ def tokens(options: Options, batch: int, length: int) -> Tensor:
     return torch.randint(3, 128, (batch, length), generator=generator).to(options.device)
 
 
+def in_own_memory(model: Any) -> Any:
+    """The model with its weights out of the mapped file, whose pages the system drops or keeps as it likes."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def trained(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

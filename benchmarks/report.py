@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+
 import plots
 from plots import Row, load
 
@@ -160,10 +161,13 @@ def number(row: Row, key: str, form: str, scale: float = 1.0, unit: str = "") ->
 
 def where(rows: list[Row]) -> str:
     """On what machine, with which versions, in how many rounds."""
-    row = next(row for row in rows if "rounds" in row)
-    rounds = sorted({row["rounds"] for row in rows if "rounds" in row})
-    packages = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    return f"{row['device']}, {row['threads']} threads, {packages}; medians of {rounds[0]} to {rounds[-1]} rounds"
+    timed = [row for row in rows if "rounds" in row]
+    if not timed:
+        return "not measured here"
+    row, rounds = timed[-1], sorted({row["rounds"] for row in timed})
+    packages = ", ".join(f"{name} {row[name]}" for name in ("torch", "peft", "bitsandbytes") if row[name] != "unknown")
+    counted = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else rounds[0]
+    return f"{row['device']}, {row['threads']} threads, {packages}; medians of {counted} rounds"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -183,16 +187,21 @@ def section() -> str:
     """The whole section."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
     layer, step = load("layer-cpu"), load("step-cpu")
-    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores, as ratios (`make bench`; less is better;
-"equal" where the quartiles straddle 1):
+    timed = [*layer, *step, *(row for suite in ("decode", "merge", "wrap") for row in load(f"{suite}-cpu"))]
+    busiest = max(row.get("others_cpu", 0.0) for row in timed)
+    return f"""**Against LoRA and QLoRA**: SmolLM2-135M on two cores. Less is better, and "equal" is where the quartiles
+straddle 1:
 
 {answers("cpu")}
 
-The figures behind it (float32: {where(step)}):
+The figures behind it, with a float32 and an NF4 base ({where(step)}):
 
 {model_table("cpu", ("frozen", "oft", "lora", "dora", "peft-oft", "oftv1", "full"))}
 
 {model_table("cpu", ("frozen-nf4", "qoft", "qlora", "peft-qoft"))}
+
+Memory is the resident set of one process each, with what glibc's allocator holds back, and varies by it; what is kept
+for the backward pass is counted exactly.
 
 **One layer**, forward and backward with the input's gradient, time over the frozen layer's (float32;
 {where(layer)}):
@@ -206,7 +215,8 @@ rotation's CPU path was reworked, so its speed is that of the version before):
 
 {finetune_table(finetune)}
 
-These are measurements on a shared machine; differences of a few percent are noise. Nothing was measured on a GPU.
+These are measurements on a shared machine, where other programs took up to {busiest:.0%} of the processors meanwhile;
+differences of a few percent are noise. Nothing was measured on a GPU.
 """
 
 

@@ -76,6 +76,7 @@ class Results:
     def add(self, rows: list[Row]) -> None:
         """Puts new rows in the place of those of the same group and method."""
         new = {(row["group"], row.get("method", "")) for row in rows}
+        new |= {(row.get("suite"), "") for row in rows}  # that the suite as a whole was missing
         self.rows = [row for row in self.rows if (row["group"], row.get("method", "")) not in new] + rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in self.rows)
@@ -98,7 +99,10 @@ def find(suite: str) -> Callable[[Options], Iterable[Row]]:
     module, _, function = SUITES[suite].partition(":")
     if importlib.util.find_spec(module) is None:
         raise MissingError(f"benchmarks/{module}.py is not there")
-    return getattr(importlib.import_module(module), function)
+    found = getattr(importlib.import_module(module), function, None)
+    if found is None:
+        raise MissingError(f"benchmarks/{module}.py has no function {function}(options)")
+    return found
 
 
 def run(suite: str, options: Options, results: Results, about: Row) -> list[Row]:

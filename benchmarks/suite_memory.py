@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from adapted import base_of, common, tokens, trained
+from adapted import base_of, common, in_own_memory, tokens, trained
 from suite_step import OWN, OWN_NF4, step
 
 import models
@@ -78,7 +78,7 @@ def one(
 
 
 def _train(name: str, model: str, options: Options, ids: torch.Tensor, checkpointing: bool) -> Any:
-    base = models.load(model, options.device, options.dtype, nf4=METHODS[name].nf4, seed=options.seed)
+    base = in_own_memory(models.load(model, options.device, options.dtype, nf4=METHODS[name].nf4, seed=options.seed))
     adapted = attach(name, base, options.sizes).train()
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})

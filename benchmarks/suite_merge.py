@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from adapted import base_of, common, missing_rows, together, tokens
+from adapted import base_of, common, in_own_memory, missing_rows, together, tokens
 
 import models
 from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
@@ -79,7 +79,7 @@ def peak(name: str, model: str, device: str, dtype: str, seed: int, block_size: 
     options = Options(device=torch.device(device), dtype=getattr(torch, dtype), seed=seed)
     sizes = Sizes(block_size, rank)
     for source in (models.TINY_NAME, model):  # a small model first, for what packages set up when they are used
-        base = models.load(source, options.device, options.dtype, nf4=METHODS[name].nf4, seed=seed)
+        base = in_own_memory(models.load(source, options.device, options.dtype, nf4=METHODS[name].nf4, seed=seed))
         adapted = perturb(name, attach(name, base, sizes))
         del base
         adapted(tokens(options, 1, 8))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import plots
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -57,6 +58,16 @@ def test_measured_section_is_what_the_committed_results_say():
     command = [sys.executable, str(ROOT / "benchmarks" / "report.py")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"<!-- measured -->\n{printed.rstrip()}\n<!-- /measured -->" in README
+
+
+def test_plots_show_the_committed_results():
+    drawn = {path: make() for path, make in plots.pictures().items()}
+    shown = {path for path, picture in drawn.items() if any(panel.lines for panel in picture)}
+    assert shown
+    for path in shown:
+        again = f"python benchmarks/report.py --write: {path.name} is not of the committed results"
+        assert plots.digest(drawn[path]) in path.read_text(), again
+        assert f"(benchmarks/results/{path.name})" in README, again
 
 
 def test_links_and_commands_exist():
