@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from oftv2.backends import find_backend
-from oftv2.base import rotated
+from oftv2.merging import rotated
 from oftv2.rotation import Rotation
 
 RESULTS = Path(__file__).parent / "results" / "requantization"

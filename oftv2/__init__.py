@@ -1,6 +1,7 @@
 """oftv2: orthogonal finetuning (OFTv2, QOFT) of large PyTorch models."""
 
 from .adapter import disable_adapter, merge, print_trainable_parameters, unmerge
+from .adapters import active_adapters, adapter_names, add_adapter, delete_adapter, set_adapter
 from .base import OFTLayer
 from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
@@ -11,7 +12,7 @@ from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
 from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
-from .serialization import load_adapter, save_adapter
+from .serialization import hotswap_adapter, load_adapter, save_adapter
 from .wrap import unwrap_model, wrap_model
 
 __version__ = "0.1.0"
@@ -31,15 +32,21 @@ __all__ = [
     "ReferenceModel",
     "RequantizationWarning",
     "StabilityWarning",
+    "active_adapters",
+    "adapter_names",
+    "add_adapter",
+    "delete_adapter",
     "diagnostics",
     "disable_adapter",
     "explain",
     "group_projections",
+    "hotswap_adapter",
     "load_adapter",
     "merge",
     "print_trainable_parameters",
     "reference_model",
     "save_adapter",
+    "set_adapter",
     "unmerge",
     "unwrap_model",
     "wrap_model",

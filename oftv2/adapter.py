@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapters import activate, check_sequence
 from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .pretrained import forget_quantization
@@ -30,7 +31,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     layers = [layer for _, layer in oft_layers(model)]
     _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
     enabled = [layer.enabled for layer in layers]
-    originals = state.originals[state.active] if all(enabled) else {}
+    names = [name for adapter in state.sequence for name in state.trained[adapter]] if all(enabled) else []
+    originals = {name: state.originals[name] for name in names}
     trained = {name: plain_parameter(model, name).data for name in originals}
     try:
         for layer in layers:
@@ -48,16 +50,22 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 def merge(
     model: nn.Module,
+    adapter_names: str | Sequence[str] | None = None,
     *,
     unload: bool = True,
     keep_original: bool = False,
     dtype: torch.dtype | None = None,
     requantize: bool = False,
 ) -> nn.Module:
-    """Folds the adapter into the weights, in place: afterwards a plain model, at the base model's speed.
+    """Folds adapters into the weights, in place: afterwards a plain model, at the base model's speed.
+
+    Several are multiplied in the order in which activations go through them, ``W′ = W (R_a R_b)ᵀ``: merging never
+    changes what the model computes. Layers that have none of them are left as they are, quantized ones too.
 
     Args:
         model (nn.Module): a wrapped model, or one adapted layer.
+        adapter_names (str | Sequence[str] | None): which, in their order: they become the active ones first, as by
+            :func:`oftv2.set_adapter`. ``None``: those that are active.
         unload (bool): put plain layers back. With ``False`` the adapted layers stay, and :func:`unmerge` can take
             the adapter out again.
         keep_original (bool): with ``unload=False``, keep the original weights, so that :func:`unmerge` restores them
@@ -71,16 +79,20 @@ def merge(
         nn.Module: the same object.
 
     Raises:
-        AdapterError: not wrapped, already merged, generators with NaN or Inf, or a weight that cannot be read; nothing
-            is changed then.
+        AdapterError: not wrapped, already merged, names that :func:`oftv2.set_adapter` refuses, generators with NaN or
+            Inf, or a weight that cannot be read; nothing is changed then.
     """
-    layers = _merge_ready(model, requantize)
+    names, layers = _merge_ready(model, adapter_names, requantize)
     quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
     if requantize and not quantized:
         raise AdapterError("requantize=True, and no adapted layer of this model is quantized")
     if dtype is not None and not dtype.is_floating_point:
         raise AdapterError(f"dtype={dtype} is not allowed: use a floating-point dtype")
     dtype = dtype or _model_dtype(model)
+    if isinstance(model, OFTLayer):
+        model.activate(names)
+    else:
+        activate(model, names, trainable=None)
     tied = _tied_weights(model)
     for layer in layers.values():
         shared = id(layer.base_layer._parameters.get("weight")) in tied
@@ -111,7 +123,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         )
     _require_merged(model, True, "there is nothing to unmerge")
     for _, layer in oft_layers(model):
-        layer.unmerge()
+        if layer.sequence:
+            layer.unmerge()
     return model
 
 
@@ -134,22 +147,25 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _require_merged(model: nn.Module, merged: bool, reason: str) -> None:
-    wrong = [layer.name for _, layer in oft_layers(model) if layer.merged != merged]
+    wrong = [layer.name for _, layer in oft_layers(model) if layer.sequence and layer.merged != merged]
     if wrong:
         are = "not merged" if merged else "merged"
         raise AdapterError(f"{len(wrong)} layers ({wrong[0]}, …) are {are}: {reason}")
 
 
-def _merge_ready(model: nn.Module, requantize: bool) -> dict[str, OFTLayer]:
-    if not isinstance(model, OFTLayer):
-        get_state(model)
+def _merge_ready(
+    model: nn.Module, adapter_names: str | Sequence[str] | None, requantize: bool
+) -> tuple[tuple[str, ...], dict[str, OFTLayer]]:
+    """The adapters to merge and the layers that have any of them; AdapterError where something is in the way."""
+    known = model.sequence if isinstance(model, OFTLayer) else get_state(model).sequence
     _require_merged(model, False, "call unmerge first")
-    layers = dict(oft_layers(model))
+    names = check_sequence(model, known if adapter_names is None else adapter_names)
+    layers = {path: layer for path, layer in oft_layers(model) if set(names) & set(layer.rotations)}
     for layer in layers.values():
-        layer.check_generators()
+        layer.check_generators(names)
         if isinstance(layer, QuantOFTLinear):
             layer.check_merge(requantize=requantize)
-    return layers
+    return names, layers
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

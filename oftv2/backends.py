@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _bitsandbytes as bnb
-from .base import with_weight
+from .merging import with_weight
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +11,20 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .config import OFTConfig
-from .errors import AdapterError, StabilityWarning
-from .rotation import KeptRotation, Rotation, generator_norm
+from .errors import AdapterError
+from .rotation import KeptRotation, Rotation, warn_of_divergence
 
 DEFAULT_ADAPTER = "default"
-_WARN_NORM = 0.9
 # Reading a norm waits for an accelerator, and takes a CPU 0.1 ms: look at it once in so many training steps.
 _NORM_CHECK_INTERVAL = 64
 
 
 class OFTLayer(nn.Module):
     """A frozen base layer and the orthogonal adapters on it.
+
+    With several active adapters, activations go through them in the order of ``sequence``: ``x̂ = ((x R_a) R_b) …``.
+    The product of block-diagonal rotations is one too, with blocks of the least common multiple of their sizes, so
+    every form of a layer works with it as with a single one.
 
     Args:
         base_layer (nn.Module): the layer as it was; called as it is, and frozen.
@@ -35,6 +37,8 @@ class OFTLayer(nn.Module):
         generators (nn.ParameterDict): by adapter name, the packed generators ``(r, b(b−1)/2)``, float32 (float64 on a
             float64 base); all that is trained.
         rotations (dict[str, Rotation]): by adapter name, the settings.
+        sequence (tuple[str, ...]): the active adapters that this layer has, in the order in which they rotate; without
+            any it is its base layer. :meth:`activate` sets it.
     """
 
     base_layer: Any  # a module of any class; its attributes are its own affair
@@ -49,17 +53,14 @@ class OFTLayer(nn.Module):
         block_size: int | None = None,
     ) -> None:
         super().__init__()
-        config = config or OFTConfig()
         self.name = name or type(base_layer).__name__
-        features, groups = self.rotated_features(base_layer)
-        rotation = Rotation.resolve(config, features, self.name, groups=groups, block_size=block_size)
+        config = config or OFTConfig()
+        rotation = self._resolve(config, block_size, base_layer)
         self.base_layer = base_layer.requires_grad_(False)
-        self.rotations = {adapter_name: rotation}
-        device, wide = _placement(base_layer)
-        generators = torch.zeros(rotation.shape, device=device, dtype=torch.float64 if wide else torch.float32)
-        self.generators = nn.ParameterDict({adapter_name: nn.Parameter(generators)})
-        self.init = config.init
-        self.active = adapter_name
+        self.rotations: dict[str, Rotation] = {}
+        self.inits: dict[str, str] = {}
+        self.generators = nn.ParameterDict()
+        self.sequence: tuple[str, ...] = ()
         self.enabled = True
         self.merged = False
         self._original: tuple[nn.Module, ...] = ()
@@ -67,7 +68,8 @@ class OFTLayer(nn.Module):
         self._cache: KeptRotation | None = None
         self._norm_checks = 0
         self._warned = False
-        self.reset_parameters()
+        self._put(adapter_name, rotation, config.init)
+        self.activate([adapter_name], trainable=True)
         self.train(base_layer.training)
 
     @staticmethod
@@ -75,24 +77,81 @@ class OFTLayer(nn.Module):
         """``(size of what is rotated, parts of it that no block may straddle)``."""
         raise NotImplementedError
 
+    # ------------------------------------------------------------------------------------------ its adapters
+
+    def add(self, adapter_name: str, config: OFTConfig | None = None, *, block_size: int | None = None) -> None:
+        """Adds another adapter, which is neither active nor trains before :meth:`activate`.
+
+        Args:
+            adapter_name, config, block_size: as for the first one.
+
+        Raises:
+            AdapterError: a name that is taken, or a block size that does not divide.
+        """
+        if adapter_name in self.rotations:
+            raise AdapterError(f"{self.name}: there is an adapter {adapter_name!r} already")
+        config = config or OFTConfig()
+        self._put(adapter_name, self._resolve(config, block_size, self.base_layer), config.init)
+
+    def _resolve(self, config: OFTConfig, block_size: int | None, base_layer: nn.Module) -> Rotation:
+        features, groups = self.rotated_features(base_layer)
+        return Rotation.resolve(config, features, self.name, groups=groups, block_size=block_size)
+
+    def _put(self, adapter_name: str, rotation: Rotation, init: str) -> None:
+        device, wide = _placement(self.base_layer)
+        generators = torch.zeros(rotation.shape, device=device, dtype=torch.float64 if wide else torch.float32)
+        self.generators[adapter_name] = nn.Parameter(generators, requires_grad=False)
+        self.rotations[adapter_name], self.inits[adapter_name] = rotation, init
+        self.reset_parameters(adapter_name)
+
+    def remove(self, adapter_name: str) -> None:
+        """Removes an adapter."""
+        self.activate([name for name in self.sequence if name != adapter_name])
+        del self.generators[adapter_name], self.rotations[adapter_name], self.inits[adapter_name]
+
+    def activate(self, adapter_names: Sequence[str], *, trainable: bool | None = None) -> None:
+        """Makes these adapters rotate, one after the other; those that this layer does not have are passed over.
+
+        Args:
+            adapter_names (Sequence[str]): in the order in which activations go through them.
+            trainable (bool | None): whether they train, while the others do not; ``None`` leaves that as it is.
+        """
+        self.sequence = tuple(name for name in adapter_names if name in self.rotations)
+        self._cache, self._norm_checks, self._warned = None, 0, False
+        if trainable is not None:
+            for name, parameter in self.generators.items():
+                parameter.requires_grad_(trainable and name in self.sequence)
+
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The active adapter back to its start: the identity, or small random generators (``init="normal"``)."""
-        parameter = self.generators[self.active]
-        if self.init == "normal":
-            parameter.normal_(std=0.02)
-        else:
-            parameter.zero_()
+    def reset_parameters(self, adapter_name: str | None = None) -> None:
+        """An adapter, or each, back to its start: the identity, or small random generators (``init="normal"``)."""
+        for name in [adapter_name] if adapter_name else self.rotations:
+            if self.inits[name] == "normal":
+                self.generators[name].normal_(std=0.02)
+            else:
+                self.generators[name].zero_()
+
+    @property
+    def active(self) -> str:
+        """The active adapter, where there is one; AdapterError with several or none."""
+        if len(self.sequence) != 1:
+            raise AdapterError(f"{self.name}: active are {list(self.sequence)}, and this takes exactly one adapter")
+        return self.sequence[0]
 
     @property
     def rotation(self) -> Rotation:
-        """The settings of the active adapter."""
+        """The settings of the active adapter; AdapterError with several or none."""
         return self.rotations[self.active]
 
     @property
+    def block_size(self) -> int:
+        """The block size of the active adapters' product: the least common multiple of theirs."""
+        return math.lcm(*(self.rotations[name].block_size for name in self.sequence))
+
+    @property
     def rotating(self) -> bool:
-        """Whether a forward pass applies the rotation to the activations: neither disabled nor merged."""
-        return self.enabled and not self.merged
+        """Whether a forward pass applies a rotation to the activations: one is active, neither disabled nor merged."""
+        return self.enabled and not self.merged and len(self.sequence) > 0
 
     @property
     def weight(self) -> Tensor:
@@ -118,34 +177,54 @@ class OFTLayer(nn.Module):
     # ------------------------------------------------------------------------------------------ the rotation
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
-        """``Δ = R − I`` of the active adapter, ``(r, b, b)``, as this forward pass uses it; where it is kept, in
-        ``dtype`` if one is given, which spares a kernel for few tokens half of what it reads.
+        """``Δ = R − I`` of the active adapters' product, ``(r, b, b)``, as this forward pass uses it; where it is kept,
+        in ``dtype`` if one is given, which spares a kernel for few tokens half of what it reads.
 
         Built anew whenever a gradient may flow to the generators or the layer trains: optimizers and engines write
         through ``.data``, which no version counter sees. In eval mode it is kept by the generators' version.
         """
-        generators = self.generators[self.active]
+        generators = self.active_generators()
         if self._changes(generators):
-            return self._dropped(self.rotation.delta(generators))
+            return self._build(generators, dropout=self.training)
         kept = self._cache
         if kept is None or not kept.is_of(generators):
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = kept = KeptRotation(generators, self.rotation.delta(generators))
+                self._cache = kept = KeptRotation(generators, self._build(generators))
         return kept.delta if dtype is None else kept.cast(dtype)
 
-    def _changes(self, generators: Tensor) -> bool:
+    def active_generators(self) -> list[Tensor]:
+        """The generators of the active adapters, in their order."""
+        generators = self.generators
+        return [generators[name] for name in self.sequence]
+
+    def _build(self, generators: Sequence[Tensor], *, dropout: bool = False) -> Tensor:
+        deltas = []
+        for name, packed in zip(self.sequence, generators, strict=True):
+            rotation = self.rotations[name]
+            delta = rotation.delta(packed)
+            deltas.append(rotation.dropped(delta) if dropout else delta)
+        return F.compose(deltas)
+
+    def refresh(self) -> None:
+        """Writes a kept Δ anew where it is, after generators got other values: captured CUDA graphs read it there."""
+        if self._cache is not None:
+            generators = self.active_generators()
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache.rewrite(generators, self._build(generators))
+
+    def _changes(self, generators: Sequence[Tensor]) -> bool:
         """Whether Δ has to be built anew; drops the cache then."""
         if torch.compiler.is_compiling():
             return True
-        if self.training or (torch.is_grad_enabled() and generators.requires_grad):
-            self._check_norm(generators)
+        if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
+            self._check_norms(generators)
             self._cache = None
             return True
         return False
 
     def rotate(self, x: Tensor) -> Tensor:
-        """``x R`` of activations ``(..., d)`` by the active adapter, in one step where a kernel can."""
-        if self.training or torch.is_grad_enabled():
+        """``x R`` of activations ``(..., d)`` by the active adapters, in one step where a kernel can."""
+        if (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
             rotation = self.rotation
             if F.makes_rotation_on_the_way(x, rotation.block_size):
                 packed = self.changing_generators()
@@ -155,41 +234,24 @@ class OFTLayer(nn.Module):
 
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this
-        pass's rotation; None where it is cached, exact, or has dropout."""
-        rotation, generators = self.rotation, self.generators[self.active]
+        pass's rotation; None where it is cached, exact, has dropout, or is a product of several."""
+        if len(self.sequence) != 1:
+            return None
+        rotation, generators = self.rotation, self.active_generators()
         plain = rotation.parametrization == "cayley_neumann" and not (self.training and rotation.dropout)
         if not (plain and self._changes(generators)):
             return None
-        return rotation.effective(generators).expand(rotation.num_blocks, -1)
+        return rotation.effective(generators[0]).expand(rotation.num_blocks, -1)
 
-    def _dropped(self, delta: Tensor) -> Tensor:
-        dropout = self.rotation.dropout
-        if not (self.training and dropout):
-            return delta
-        keep = torch.rand(delta.shape[0], 1, 1, device=delta.device) >= dropout
-        return delta * keep
-
-    @torch.no_grad()
-    def _check_norm(self, generators: Tensor) -> None:
-        """Warns, once, when the series is about to diverge. ‖Q‖₂ ≤ ‖packed‖₂ spares all but few layers the SVD."""
-        if self._warned or self.rotation.parametrization == "cayley" or generators.is_meta:
+    def _check_norms(self, generators: Sequence[Tensor]) -> None:
+        """Warns, once, when a series is about to diverge."""
+        if self._warned:
             return
         self._norm_checks += 1
         if self._norm_checks % _NORM_CHECK_INTERVAL != 1:
             return
-        packed = self.rotation.effective(generators)
-        if torch.linalg.vector_norm(packed, dim=1).amax() <= _WARN_NORM:
-            return
-        norm = generator_norm(packed, self.rotation.block_size)
-        if norm > _WARN_NORM:
-            self._warned = True
-            warnings.warn(
-                f"{self.name}: the generators reached ‖Q‖₂ = {norm:.2f}; from 1 on the Neumann series diverges and R "
-                "is no rotation any more. Lower the learning rate, set OFTConfig.constraint, or use "
-                'parametrization="cayley", which is orthogonal for every Q',
-                StabilityWarning,
-                stacklevel=2,
-            )
+        for name, packed in zip(self.sequence, generators, strict=True):
+            self._warned |= warn_of_divergence(self.rotations[name], packed, self.name)
 
     # ------------------------------------------------------------------------------------------ merging
 
@@ -199,21 +261,25 @@ class OFTLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, *, keep_original: bool = False) -> None:
-        """Folds the active adapter into the base layer's weight, in float32 (or wider) and block by block.
+        """Folds the active adapters into the base layer's weight, in float32 (or wider) and block by block.
+
+        ``W′ = W · (R_a R_b …)ᵀ = W · … R_bᵀ R_aᵀ``, the very function that the forward pass computes.
 
         Args:
             keep_original (bool): keep the original weight, so that :meth:`unmerge` restores it bit for bit.
 
         Raises:
-            AdapterError: already merged, or generators that are not finite.
+            AdapterError: already merged, no adapter active, or generators that are not finite.
         """
         self._merge(self.merged_base, keep_original)
 
     def _merge(self, build: Callable[[Tensor], nn.Module], keep_original: bool) -> None:
         if self.merged:
             raise AdapterError(f"{self.name}: already merged; call unmerge first")
-        self.check_generators()
-        delta = self.rotation.delta(self.generators[self.active].detach())
+        if not self.sequence:
+            raise AdapterError(f"{self.name}: no active adapter to merge; this layer has {', '.join(self.rotations)}")
+        self.check_generators(self.sequence)
+        delta = self._build(self.active_generators())
         merged = build(delta)
         self._original = (self.base_layer,) if keep_original else ()
         self._merged_delta = delta
@@ -223,7 +289,7 @@ class OFTLayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the adapter out of the weight again: the kept original, or else by the inverse of what was merged.
+        """Takes what was merged out of the weight again: the kept original, or else by the inverse of what was merged.
 
         Raises:
             AdapterError: not merged.
@@ -245,16 +311,23 @@ class OFTLayer(nn.Module):
         """The base layer, to stand on its own again."""
         return self.base_layer
 
-    def check_generators(self) -> None:
-        """Raises AdapterError where the active generators hold NaN or Inf, or are only a shard of themselves."""
-        generators = self.generators[self.active]
-        if hasattr(generators, "full_tensor"):
-            raise AdapterError(
-                f"{self.name}: the generators are sharded (FSDP); call unshard() on the sharded modules first, or load "
-                "the adapter into a model that is not sharded"
-            )
-        if not generators.isfinite().all():
-            raise AdapterError(f"{self.name}: the generators hold NaN or Inf")
+    def check_generators(self, adapter_names: Sequence[str]) -> None:
+        """Raises AdapterError where generators hold NaN or Inf, or are only a shard of themselves.
+
+        Args:
+            adapter_names (Sequence[str]): of which adapters; those that this layer does not have are passed over.
+        """
+        for name in adapter_names:
+            if name not in self.rotations:
+                continue
+            generators = self.generators[name]
+            if hasattr(generators, "full_tensor"):
+                raise AdapterError(
+                    f"{self.name}: the generators are sharded (FSDP); call unshard() on the sharded modules first, or "
+                    "load the adapter into a model that is not sharded"
+                )
+            if not generators.isfinite().all():
+                raise AdapterError(f"{self.name}: the generators of {name!r} hold NaN or Inf")
 
     # ------------------------------------------------------------------------------------------ module plumbing
 
@@ -286,36 +359,11 @@ class OFTLayer(nn.Module):
         return {**self.__dict__, "_cache": None}
 
     def extra_repr(self) -> str:
-        rotation = self.rotation
+        described = ", ".join(f"{name}: {self.rotations[name]}" for name in self.sequence) or "no active adapter"
+        if len(self.sequence) == 1:
+            described = str(self.rotation)
         state = "merged" if self.merged else "" if self.enabled else "disabled"
-        shared = ", one shared block" if rotation.block_share else ""
-        return f"block_size={rotation.block_size}, num_blocks={rotation.num_blocks}{shared}{state and ', ' + state}"
-
-
-def with_weight(module: Any, weight: Tensor) -> nn.Module:
-    """A copy of ``module`` (class, attributes, hooks) with another weight; a tied weight is left to its peers."""
-    clone = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        setattr(clone, registry, dict(getattr(module, registry)))
-    clone.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-    return clone
-
-
-def rotated(weight: Tensor, delta: Tensor) -> Tensor:
-    """``weight`` of ``(n, d)`` rotated by ``I + Δ`` in float32 or wider, back in its own dtype; in chunks of rows.
-
-    ``W + W Δ``, not ``W (I + Δ)``: rounding the diagonal of ``I + Δ`` would bias every merge in the same direction.
-    """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    delta = delta.to(weight.device, wide)
-    rows = max(1, (1 << 22) // max(1, weight.shape[1]))
-    with torch.autocast(weight.device.type, enabled=False):
-        for start in range(0, weight.shape[0], rows):
-            part = slice(start, start + rows)
-            blocks = weight[part].to(wide).unflatten(1, delta.shape[:2]).transpose(0, 1)
-            out[part] = torch.baddbmm(blocks, blocks, delta).transpose(0, 1).flatten(1).to(weight.dtype)
-    return out
+        return f"{described}{state and ', ' + state}"
 
 
 def _placement(base_layer: nn.Module) -> tuple[torch.device, bool]:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import functional as F
-from .base import OFTLayer, rotated, with_weight
+from .base import OFTLayer
+from .merging import rotated, with_weight
 
 
 class OFTConv2d(OFTLayer):

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import CONFIG_FILE, PREFIX, TENSORS_FILE, write_atomically
-from .base import OFTLayer, rotated
+from .base import OFTLayer
 from .conv import OFTConv2d
 from .errors import AdapterError
 from .layers import OFTEmbedding, is_conv1d
+from .merging import rotated
 from .peft_names import base_description, module_names, trained_tensors
 from .quant import find_backend
-from .state import get_state, oft_layers
+from .state import get_state, layers_of
 
 # Below this share of Δ, what is left out is float32's rounding.
 _EXACT = 1e-5
@@ -84,14 +85,15 @@ def save_as_lora(
         raise AdapterError("give either a rank or a tolerance")
     if (rank is not None and rank < 1) or (tolerance is not None and not 0 < tolerance < 1):
         raise AdapterError(f"rank={rank}, tolerance={tolerance}: use a rank from 1 up, or a tolerance between 0 and 1")
-    state, layers = get_state(model), dict(oft_layers(model))
-    targets, saved, problems = module_names(model, state.active)
+    state = get_state(model)
+    name, layers = state.active, layers_of(model, state.active)
+    targets, saved, problems = module_names(model, name)
     problems += [f"{path} has groups, which PEFT's LoRA does not take" for path in layers if _has_groups(layers[path])]
     problems += [f"{path}: the adapter is merged; call unmerge first" for path in layers if layers[path].merged]
     if problems:
         raise AdapterError("not converted:\n  " + "\n  ".join(problems))
     common = rank or max(_needed_rank(layers[path], tolerance or 0.0) for path in progress(layers))
-    tensors, report = trained_tensors(model, state.active), {}
+    tensors, report = trained_tensors(model, name), {}
     for path in progress(layers):
         added, norm = _added(layers[path])
         left, singular, right = (part.cpu() for part in torch.linalg.svd(added, full_matrices=False))
@@ -104,7 +106,7 @@ def save_as_lora(
         rest = torch.linalg.vector_norm(singular[kept:]).item()
         whole = max(singular.norm().item(), 1e-30)
         report[path] = LayerConversion(common, _smallest_rank(singular, _EXACT), rest / whole, rest / max(norm, 1e-30))
-    config = state.configs[state.active]
+    config = state.configs[name]
     description = {
         "peft_type": "LORA",
         "r": common,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,11 @@ class LayerDiagnostics:
 
 @torch.no_grad()
 def layer_diagnostics(layer: OFTLayer) -> LayerDiagnostics:
-    """The figures of one layer's active adapter, in float64."""
-    return rotation_diagnostics(layer.rotation, layer.generators[layer.active].detach(), layer.name)
+    """The figures of one layer's active adapter, in float64; of several, the worst."""
+    return _worst(
+        rotation_diagnostics(layer.rotations[name], layer.generators[name].detach(), layer.name)
+        for name in layer.sequence
+    )
 
 
 @torch.no_grad()
@@ -57,12 +61,12 @@ def rotation_diagnostics(rotation: Rotation, generators: Tensor, name: str) -> L
 
 
 def diagnostics(model: nn.Module) -> dict[str, LayerDiagnostics]:
-    """The figures of every adapted layer by its path.
+    """The figures of every layer with an active adapter by its path.
 
     Raises:
         AdapterError: the model holds no adapted layer, or a rotation with NaN or Inf.
     """
-    report = {name or layer.name: layer_diagnostics(layer) for name, layer in oft_layers(model)}
+    report = {name or layer.name: layer_diagnostics(layer) for name, layer in oft_layers(model) if layer.sequence}
     if not report:
         raise AdapterError(f"this {type(model).__name__} holds no adapted layer to look at")
     return report
@@ -71,5 +75,10 @@ def diagnostics(model: nn.Module) -> dict[str, LayerDiagnostics]:
 def summary(model: nn.Module) -> dict[str, float]:
     """The worst figure over all layers, by name: what a training log wants."""
     report = diagnostics(model).values()
-    names = ("orthogonality_error", "generator_norm", "norm_error", "rotation_angle")
-    return {name: max(getattr(layer, name) for layer in report) for name in names}
+    return asdict(_worst(report))
+
+
+def _worst(each: Iterable[LayerDiagnostics]) -> LayerDiagnostics:
+    names = [field.name for field in fields(LayerDiagnostics)]
+    rows = list(each)
+    return LayerDiagnostics(**{name: max(getattr(row, name) for row in rows) for name in names})

@@ -67,7 +67,7 @@ def explain(
         Explanation: to print, or to look into.
 
     Raises:
-        AdapterError: not an adapted linear layer, or a number of tokens below 0.
+        AdapterError: not an adapted linear layer, one without an active adapter, or a number of tokens below 0.
     """
     if not isinstance(layer, OFTLinear):
         raise AdapterError(
@@ -75,13 +75,15 @@ def explain(
         )
     if not isinstance(tokens, int) or tokens < 0:
         raise AdapterError(f"explain: tokens={tokens!r} is not allowed: use a whole number from 0 up")
+    if not layer.sequence:
+        raise AdapterError(f"{layer.name}: no adapter is active on this layer: it is its base layer alone")
     gradient = layer.training if gradient is None else gradient
     weight = _weight(layer)
     ordinary = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
     dtype = dtype or (weight.dtype if weight is not None and ordinary else torch.bfloat16)
     possible = layer.forms(dtype, gradient=gradient)
     problem = layer.problem(tokens, dtype, gradient=gradient)
-    on = machine(layer.generators[layer.active].device)
+    on = machine(_device(layer))
     form = layer.form or cheapest(problem, possible, on)
     if form not in possible:
         raise AdapterError(f"{layer.name}: form={form!r} is not possible here; possible: {', '.join(possible)}")
@@ -100,13 +102,17 @@ def _reason(layer: OFTLinear, form: str, gradient: bool) -> str:
     """Why a form is not possible, in the order in which it is found out."""
     if form == "fused" and gradient:
         return "it has no backward pass"
-    if layer.generators[layer.active].device.type != "cuda" and form == "fused":
+    if _device(layer).type != "cuda" and form == "fused":
         return "it is a kernel for CUDA devices"
     weight = _weight(layer)
     return (
         "it wants a frozen, ordinary weight in the activations' dtype, without hooks or autocast (on a CPU, not in 16 "
         f"bit); here, {type(layer.base_layer).__name__} with {'no ordinary weight' if weight is None else weight.dtype}"
     )
+
+
+def _device(layer: OFTLinear) -> torch.device:
+    return layer.active_generators()[0].device
 
 
 def _weight(layer: OFTLinear) -> torch.Tensor | None:

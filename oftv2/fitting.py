@@ -9,7 +9,7 @@ from torch import nn
 from .adapter_file import GENERATORS, PREFIX, AdapterFile
 from .errors import AdapterError
 from .rotation import Rotation
-from .state import find_state, get_state, oft_layers, plain_name, plain_parameter
+from .state import find_state, get_state, layers_of, plain_name, plain_parameter
 from .targets import Target, layer_class_for
 
 
@@ -54,17 +54,18 @@ def compare_plain(model: nn.Module, adapter: AdapterFile) -> tuple[list[str], li
     return problems, targets
 
 
-def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> list[str]:
-    """What keeps the adapter from fitting a model that is wrapped already."""
-    layers = dict(oft_layers(model))
-    if adapter_name not in get_state(model).configs:
-        return [f"this model is wrapped, but has no adapter {adapter_name!r}"]
+def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str, *, subset: bool = False) -> list[str]:
+    """What keeps the adapter from taking the place of one that a model has; with ``subset`` it may lack layers."""
+    layers = layers_of(model, adapter_name)
     problems = [f"{name}: in the file, not adapted in this model" for name in adapter.block_sizes if name not in layers]
-    problems += [
-        f"{name}: adapted in this model, not in the file" for name in layers if name not in adapter.block_sizes
-    ]
+    if not subset:
+        problems += [
+            f"{name}: adapted in this model, not in the file" for name in layers if name not in adapter.block_sizes
+        ]
     if any(layer.merged for layer in layers.values()):
         problems.append("the model's adapter is merged: call unmerge first")
+    if not all(layer.enabled for layer in layers.values()):
+        problems.append("the model's adapter is disabled: leave disable_adapter first")
     for name in set(layers) & set(adapter.block_sizes):
         here = layers[name].rotations[adapter_name]
         features, groups = layers[name].rotated_features(layers[name].base_layer)
@@ -91,12 +92,14 @@ def _check_shape(adapter: AdapterFile, name: str, rotation: Rotation) -> list[st
     return [f"{name}: generators of shape {tuple(tensor.shape)} in the file, {rotation.shape} needed here"]
 
 
-def check_trained(model: nn.Module, adapter: AdapterFile) -> list[str]:
-    """What is wrong with the base parameters that were trained in full."""
-    state = find_state(model)
+def check_trained(
+    model: nn.Module, adapter: AdapterFile, adapter_name: str | None = None, *, subset: bool = False
+) -> list[str]:
+    """What is wrong with the base parameters that were trained in full; ``adapter_name``: whose place it is to take."""
     problems = []
-    if state is not None and set(state.originals[state.active]) != set(adapter.trained):
-        other = sorted(set(state.originals[state.active]) ^ set(adapter.trained))
+    here_too = adapter.trained if adapter_name is None else get_state(model).trained[adapter_name]
+    other = sorted(set(adapter.trained) - set(here_too) if subset else set(adapter.trained) ^ set(here_too))
+    if other:
         problems.append(f"parameters trained in full differ between the file and this model: {listed(other)}")
     for name in adapter.trained:
         try:
@@ -127,15 +130,18 @@ def _check_tied(model: nn.Module, adapter: AdapterFile) -> list[str]:
 def without_copies(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     """Without the embeddings that PEFT saves beside an adapter though it does not train them."""
 
+    state = find_state(model)
+    originals = {} if state is None else state.originals
+
     def is_copy(name: str) -> bool:
         try:
-            here = plain_parameter(model, name)
+            here = originals.get(name, plain_parameter(model, name))
         except AttributeError:
             return False
         saved = adapter.parameter(name)
         return name not in adapter.apart and here.shape == saved.shape and bool((here.cpu() == saved).all())
 
-    trained = tuple(name for name in adapter.trained if find_state(model) is not None or not is_copy(name))
+    trained = tuple(name for name in adapter.trained if not is_copy(name))
     dropped = {PREFIX + name for name in set(adapter.trained) - set(trained)}
     tensors = {key: value for key, value in adapter.tensors.items() if key not in dropped}
     return dataclasses.replace(adapter, trained=trained, tensors=tensors)

@@ -83,6 +83,35 @@ def neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
         return 2 * series
 
 
+def compose(deltas: Sequence[Tensor]) -> Tensor:
+    """Rotations one after the other as one: ``I + Δ = (I + Δ₁)(I + Δ₂) …``, in the order in which they act on ``x``.
+
+    Args:
+        deltas (Sequence[torch.Tensor]): at least one ``Δᵢ`` of ``(d / bᵢ, bᵢ, bᵢ)``; block sizes may differ.
+
+    Returns:
+        torch.Tensor: ``Δ`` of ``(d / b, b, b)``, ``b`` being the least common multiple of the ``bᵢ``. It is summed as
+        ``Δ₁ + Δ₂ + Δ₁Δ₂``, so that small rotations keep their relative precision.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    block_size = math.lcm(*(delta.shape[-1] for delta in deltas))
+    with torch.autocast(deltas[0].device.type, enabled=False):
+        product, *others = (in_blocks_of(delta, block_size) for delta in deltas)
+        for delta in others:
+            product = torch.baddbmm(product + delta, product, delta)
+    return product
+
+
+def in_blocks_of(delta: Tensor, block_size: int) -> Tensor:
+    """The same block-diagonal matrix ``(r, b, b)`` in larger blocks, of a multiple of ``b``."""
+    count = block_size // delta.shape[-1]
+    if count == 1:
+        return delta
+    blocks = delta.reshape(-1, count, *delta.shape[1:]).permute(0, 2, 3, 1)
+    return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(-1, block_size, block_size)
+
+
 def rotate(x: Tensor, delta: Tensor) -> Tensor:
     """``x · blockdiag(R₁ … R_r)`` with ``R = I + Δ``, in the dtype of ``x``, rounded once.
 

@@ -34,7 +34,7 @@ class GroupedProjections:
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
-        if not (_rotates(gate, x) and _rotates(up, x) and gate.rotation.block_size == up.rotation.block_size):
+        if not (_rotates(gate, x) and _rotates(up, x) and gate.block_size == up.block_size):
             return super().forward(x)  # type: ignore[misc]
         x_gate, x_up = F.rotate_group(x, _deltas(gate, up))
         return self.down_proj(self.act_fn(gate.call_base(x_gate)) * up.call_base(x_up))
@@ -103,10 +103,9 @@ def _rotates(layer: Any, x: Tensor) -> bool:
 def _deltas(*layers: OFTLinear) -> list[Tensor]:
     """Δ of each, made in one launch where they change."""
     packed = [layer.changing_generators() for layer in layers]
-    terms = {layer.rotation.terms for layer in layers}
-    if any(generators is None for generators in packed) or len(terms) > 1:
+    if any(generators is None for generators in packed) or len({layer.rotation.terms for layer in layers}) > 1:
         return [layer.delta() for layer in layers]
-    return F.cayley_neumann_many([p for p in packed if p is not None], layers[0].rotation.block_size, terms.pop())
+    return F.cayley_neumann_many([p for p in packed if p is not None], layers[0].block_size, layers[0].rotation.terms)
 
 
 def _grouped_class(cls: type) -> type:

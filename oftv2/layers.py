@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .base import OFTLayer, rotated, with_weight
+from .base import OFTLayer
 from .cost_model import INPUT, Problem, cheapest, machine
+from .merging import rotated, with_weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -74,7 +75,7 @@ class OFTLinear(OFTLayer):
     def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
         """The sizes of a call, for the cost model."""
         d, n = self.rotated_features(self.base_layer)[0], self.out_features
-        return Problem(tokens, d, n, self.rotation.block_size, dtype.itemsize, gradient)
+        return Problem(tokens, d, n, self.block_size, dtype.itemsize, gradient)
 
     def choose_form(self, x: Tensor) -> str:
         """The form of this call: the forced one, or the cheapest."""

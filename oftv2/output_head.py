@@ -31,7 +31,7 @@ class HeadWatch:
     def check(self, module: nn.Module, args: Any, output: Any) -> None:
         head = self.head
         trains = head.rotating and module.training and torch.is_grad_enabled()
-        if trains and not self.called and head.generators[head.active].requires_grad:
+        if trains and not self.called and any(packed.requires_grad for packed in head.active_generators()):
             raise AdapterError(
                 f"{head.name}: this training step reads the output head's weight itself instead of calling the head, "
                 "as TRL's trainers and fused losses do, so its adapter would never train. Leave it out with "
@@ -50,7 +50,11 @@ def watch_head(model: Any) -> None:
 
 
 def unwatch_head(model: nn.Module) -> None:
-    """Takes them off the model; those on the head go with it."""
+    """Takes them off again."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), HeadWatch)]:
-            del hooks[key]
+        for key, hook in list(hooks.items()):
+            if isinstance(watch := getattr(hook, "__self__", None), HeadWatch):
+                del hooks[key]
+                on_head = watch.head._forward_pre_hooks
+                for note in [note for note, hook in on_head.items() if hook == watch.note]:
+                    del on_head[note]

@@ -21,7 +21,7 @@ from .layers import OFTEmbedding, is_conv1d
 from .peft_config import to_peft
 from .peft_names import base_description, module_names, trained_tensors
 from .rotation import Rotation
-from .state import get_state, oft_layers, plain_name
+from .state import get_state, layers_of, plain_name
 
 EMBEDDING_GENERATORS = ".oft_embedding_R.weight"
 UNSCALED = ".oftv2_generators"
@@ -47,7 +47,7 @@ class PeftLayout:
 def peft_layout(model: nn.Module, name: str) -> PeftLayout:
     """The adapter ``name`` of a wrapped model in PEFT's layout, with everything that PEFT cannot express."""
     config = get_state(model).configs[name]
-    layers = dict(oft_layers(model))
+    layers = layers_of(model, name)
     problems: list[str] = []
     series = to_peft(config.parametrization, config.neumann_terms)
     if series is None:

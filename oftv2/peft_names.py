@@ -7,9 +7,8 @@ import re
 from torch import Tensor, nn
 
 from .adapter_file import PREFIX
-from .base import OFTLayer
 from .config import OFTConfig
-from .state import get_state, oft_layers, plain_name, plain_parameter
+from .state import get_state, layers_of, plain_view, trained_parameters
 from .targets import saved_modules
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -17,10 +16,12 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 def module_names(model: nn.Module, name: str) -> tuple[list[str] | str, list[str], list[str]]:
     """PEFT's ``target_modules`` and ``modules_to_save`` for the adapter ``name``, and what keeps PEFT from it."""
-    state, layers, plain = get_state(model), [path for path, _ in oft_layers(model)], _plain_modules(model)
-    config, trained = state.configs[name], state.originals[name]
-    tops = [top for top in saved_modules(model, config) if any(path.startswith(top + ".") for path in trained)]
-    problems = _saved_problems(model, tops)
+    state, layers = get_state(model), list(layers_of(model, name))
+    config, trained = state.configs[name], state.trained[name]
+    with plain_view(model):
+        plain = [path for path, _ in model.named_modules() if path]
+        tops = [top for top in saved_modules(model, config) if any(path.startswith(top + ".") for path in trained)]
+        problems = _saved_problems(model, tops)
     saved = _saved_names(plain, tops, config, layers)
     if saved is None:
         problems.append(f"modules_to_save: no names by which PEFT would find {', '.join(tops)} and nothing else")
@@ -29,12 +30,12 @@ def module_names(model: nn.Module, name: str) -> tuple[list[str] | str, list[str
 
 def trained_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The base parameters that the adapter trained in full, by PEFT's names."""
-    layers = {path for path, _ in oft_layers(model)}
+    layers = layers_of(model, name)
     tensors: dict[str, Tensor] = {}
-    for parameter in get_state(model).originals[name]:
+    for parameter, value in trained_parameters(model, name).items():
         parent, _, leaf = parameter.rpartition(".")
         key = f"{parent}.base_layer.{leaf}" if parent in layers else parameter
-        tensors[PREFIX + key] = plain_parameter(model, parameter)
+        tensors[PREFIX + key] = value
     return tensors
 
 
@@ -44,17 +45,6 @@ def base_description(model: nn.Module) -> dict[str, str | None]:
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
-
-
-def _plain_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules of the model under the adapter."""
-    names, inside = [], None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = name + "." if isinstance(module, OFTLayer) else None
-        names.append(name)
-    return [name for name in names if name]
 
 
 def _target_modules(names: list[str], layers: list[str]) -> list[str] | str:
@@ -87,7 +77,7 @@ def _saved_problems(model: nn.Module, tops: list[str]) -> list[str]:
         buffers = [name for name, _ in module.named_buffers()]
         if tied:
             problems.append(
-                f"modules_to_save: {top} is tied to {plain_name(tied[0])}: PEFT trains a copy of its own, this model "
+                f"modules_to_save: {top} is tied to {tied[0]}: PEFT trains a copy of its own, this model "
                 "the one that both use"
             )
         elif isinstance(module, _CONTAINERS):

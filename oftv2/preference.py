@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import AdapterError
-from .state import find_state, get_state, oft_layers, plain_parameter
+from .state import find_state, get_state, oft_layers, trained_parameters
 
 
 class ReferenceModel(nn.Module):
@@ -39,8 +39,12 @@ class ReferenceModel(nn.Module):
         super().__init__()
         self.__dict__["policy"] = policy  # no submodule: its parameters are the policy's, its mode too
         state = get_state(policy)
-        originals = {plain_parameter(policy, name): value for name, value in state.originals[state.active].items()}
-        generators = [layer.generators[state.active] for _, layer in oft_layers(policy)]
+        originals = {
+            parameter: state.originals[name]
+            for adapter in state.sequence
+            for name, parameter in trained_parameters(policy, adapter).items()
+        }
+        generators = [packed for _, layer in oft_layers(policy) for packed in layer.active_generators()]
         fresh = not any(generator.any() for generator in generators)
         fresh = fresh and all(value.equal(parameter.to(value)) for parameter, value in originals.items())
         trained = [] if fresh else [*generators, *originals]

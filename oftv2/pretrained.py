@@ -24,7 +24,8 @@ from .output_head import unwatch_head, watch_head
 from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
-from .state import get_state, oft_layers, plain_name, plain_parameter
+from .state import adapter_parameters, get_state, plain_name
+from .trained import aside_by_key
 
 CHECKPOINT_FILE = "model.safetensors"
 
@@ -150,12 +151,10 @@ class AdapterConfigs(dict[str, dict[str, Any]]):
 
 
 def train_adapter(model: nn.Module) -> None:
-    """Has the active adapter's parameters train, its fully trained ones too."""
-    state = get_state(model)
-    for _, layer in oft_layers(model):
-        layer.generators[state.active].requires_grad_(True)
-    for name in state.originals[state.active]:
-        plain_parameter(model, name).requires_grad_(True)
+    """Has the active adapters' parameters train, their fully trained ones too."""
+    for name in get_state(model).sequence:
+        for parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(True)
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +168,11 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
 
 
 def trained_keys(model: nn.Module) -> list[str]:
-    """The state dictionary's keys of the generators, and of the base parameters that train in full."""
-    trained = {name for names in get_state(model).originals.values() for name in names}
+    """The state dictionary's keys of all adapters' generators, and of the base parameters that they train in full."""
+    trained = get_state(model).originals
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return [name for name in names if ".generators." in name or plain_name(name) in trained]
+    names = [name for name in names if ".generators." in name or plain_name(name) in trained]
+    return [*names, *aside_by_key(model)]
 
 
 def present(model: nn.Module) -> None:
@@ -180,11 +180,18 @@ def present(model: nn.Module) -> None:
     classes = type(model).__mro__
     if any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes):
         model.__class__ = _wrapped_class(type(model))
-        restore_float32(model)
-        watch_head(model)
+        watch(model)
         serve_trl()
         tags: Any = getattr(model, "model_tags", None)
         vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
+
+
+def watch(model: nn.Module) -> None:
+    """Looks after the adapters that a transformers model has by now; leaves any other model alone."""
+    if isinstance(model, WrappedPreTrainedModel):
+        restore_float32(model)
+        unwatch_head(model)
+        watch_head(model)
 
 
 def unpresent(model: nn.Module) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from . import functional as F
 from ._bitsandbytes import weight_4bit
 from .backends import BACKENDS, find_backend
-from .base import rotated
 from .config import OFTConfig
 from .cost_model import FUSED, INPUT, WEIGHT, Problem
 from .errors import AdapterError
 from .layers import OFTLinear
+from .merging import rotated
 
 
 class QuantOFTLinear(OFTLinear):

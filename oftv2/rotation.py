@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from . import functional as F
 from .config import OFTConfig
-from .errors import AdapterError
+from .errors import AdapterError, StabilityWarning
 from .reference import skew
+
+_WARN_NORM = 0.9
 
 
 @dataclass(frozen=True)
@@ -84,27 +88,51 @@ class Rotation:
             delta = F.cayley_neumann(packed, self.block_size, self.terms)
         return delta.expand(self.num_blocks, -1, -1) if self.block_share else delta
 
+    def dropped(self, delta: Tensor) -> Tensor:
+        """``Δ`` of a training step: blocks are the identity with the probability ``dropout``."""
+        if not self.dropout:
+            return delta
+        keep = torch.rand(delta.shape[0], 1, 1, device=delta.device) >= self.dropout
+        return delta * keep
+
+    def __str__(self) -> str:
+        shared = ", one shared block" if self.block_share else ""
+        return f"block_size={self.block_size}, num_blocks={self.num_blocks}{shared}"
+
 
 class KeptRotation:
     """Δ of generators that do not change, for as long as they do not.
 
     The generators' memory is held on to: another tensor cannot come to lie where they lay and be taken for them.
+
+    Args:
+        generators (Sequence[torch.Tensor]): of each adapter that Δ is made of, in their order.
+        delta (torch.Tensor): Δ.
     """
 
-    def __init__(self, generators: Tensor, delta: Tensor) -> None:
+    def __init__(self, generators: Sequence[Tensor], delta: Tensor) -> None:
         self.delta = delta
-        self._generators, self._memory = generators, generators.detach()
-        self._version = None if generators.is_inference() else generators._version
         self._casts: dict[torch.dtype, Tensor] = {}
+        self._note(generators)
 
-    def is_of(self, generators: Tensor) -> bool:
+    def _note(self, generators: Sequence[Tensor]) -> None:
+        self._made_of = [(packed, packed.detach(), _version(packed)) for packed in generators]
+
+    def rewrite(self, generators: Sequence[Tensor], delta: Tensor) -> None:
+        """Other values in the same memory, in every dtype that was asked for."""
+        for kept in (self.delta, *self._casts.values()):
+            shared = kept.stride(0) == 0  # one block that is used for the whole layer
+            (kept[:1] if shared else kept).copy_(delta[:1] if shared else delta)
+        self._note(generators)
+
+    def is_of(self, generators: Sequence[Tensor]) -> bool:
         """Whether these are the generators, unchanged as far as a version counter sees."""
-        return (
-            generators is self._generators
-            and self._version is not None
-            and self._version == generators._version
-            and self._memory.data_ptr() == generators.data_ptr()
-        )
+        if len(generators) != len(self._made_of):
+            return False
+        for now, (packed, memory, version) in zip(generators, self._made_of, strict=True):
+            if now is not packed or version is None or version != now._version or memory.data_ptr() != now.data_ptr():
+                return False
+        return True
 
     def cast(self, dtype: torch.dtype) -> Tensor:
         """Δ in another dtype, cast once."""
@@ -112,6 +140,34 @@ class KeptRotation:
             with torch.inference_mode(False), torch.no_grad():
                 self._casts[dtype] = self.delta.to(dtype)
         return self._casts[dtype]
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+@torch.no_grad()
+def warn_of_divergence(rotation: Rotation, generators: Tensor, name: str) -> bool:
+    """Warns where the series of the layer ``name`` is about to diverge; returns whether it did.
+
+    ‖Q‖₂ ≤ ‖packed‖₂ spares all but few layers the search for the norm.
+    """
+    if rotation.parametrization == "cayley" or generators.is_meta:
+        return False
+    packed = rotation.effective(generators)
+    if torch.linalg.vector_norm(packed, dim=1).amax() <= _WARN_NORM:
+        return False
+    norm = generator_norm(packed, rotation.block_size)
+    if norm <= _WARN_NORM:
+        return False
+    warnings.warn(
+        f"{name}: the generators reached ‖Q‖₂ = {norm:.2f}; from 1 on the Neumann series diverges and R is no rotation "
+        'any more. Lower the learning rate, set OFTConfig.constraint, or use parametrization="cayley", which is '
+        "orthogonal for every Q",
+        StabilityWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def generator_norm(packed: Tensor, block_size: int) -> float:

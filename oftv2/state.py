@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -20,18 +21,36 @@ class AdapterState:
 
     Attributes:
         configs: the configuration of each adapter by its name.
-        active: the adapter in use.
+        sequence: the active adapters, in the order in which activations go through them.
         trainable_before: names of the parameters that trained before the model was wrapped.
-        originals: by adapter, the values before training of the base parameters that it trains in full
-            (``modules_to_save`` and biases), under the names they have in the plain model.
+        trained: by adapter, the base parameters that it trains in full (``modules_to_save`` and biases), under the
+            names they have in the plain model.
+        originals: the values of all those in the base model, by name.
+        aside: by inactive adapter, its own parameters in place of those; an active one's are in the model.
         nested_encoders: paths of the ``nn.TransformerEncoder`` whose nested tensors are off while it is wrapped.
     """
 
     configs: dict[str, OFTConfig]
-    active: str = DEFAULT_ADAPTER
+    sequence: tuple[str, ...] = (DEFAULT_ADAPTER,)
     trainable_before: tuple[str, ...] = ()
-    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    aside: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     nested_encoders: tuple[str, ...] = ()
+
+    @property
+    def active(self) -> str:
+        """The active adapter; AdapterError where several are."""
+        if len(self.sequence) > 1:
+            raise AdapterError(
+                f"the adapters {_quoted(self.sequence)} are active together, and this takes one: give its name, or "
+                "call set_adapter(model, name) first"
+            )
+        return self.sequence[0]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def set_state(model: nn.Module, state: AdapterState | None) -> None:
@@ -67,6 +86,37 @@ def oft_layers(model: nn.Module) -> Iterator[tuple[str, OFTLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, OFTLayer))
 
 
+def check_known(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises AdapterError for names of adapters that a wrapped model, or an adapted layer, does not have."""
+    known: Iterable[str] = model.rotations if isinstance(model, OFTLayer) else get_state(model).configs
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise AdapterError(f"there is no adapter {_quoted(unknown)} in this model; it has {_quoted(known)}")
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, OFTLayer]:
+    """The layers, by their paths, that have this adapter."""
+    return {path: layer for path, layer in oft_layers(model) if adapter_name in layer.rotations}
+
+
+@contextmanager
+def plain_view(model: nn.Module) -> Iterator[None]:
+    """Within the context the base layers stand in the places of the adapted ones, for code that reads a plain model."""
+    places = [
+        (parent._modules, name, layer)
+        for parent in model.modules()
+        for name, layer in parent._modules.items()
+        if isinstance(layer, OFTLayer)
+    ]
+    try:
+        for modules, name, layer in places:
+            modules[name] = layer.base_layer
+        yield
+    finally:
+        for modules, name, layer in places:
+            modules[name] = layer
+
+
 def plain_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter that has this name in the plain model; adapted layers pass through to their base layer."""
     module: nn.Module = model
@@ -74,6 +124,20 @@ def plain_parameter(model: nn.Module, name: str) -> nn.Parameter:
     for part in path:
         module = getattr(module, part)
     return getattr(module, leaf)
+
+
+def trained_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """What an adapter, active or not, made of the base parameters that it trains in full, by their plain names."""
+    state = get_state(model)
+    if adapter_name in state.sequence:
+        return {name: plain_parameter(model, name) for name in state.trained[adapter_name]}
+    return state.aside[adapter_name]
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """All that an adapter trains: its generators, and the base parameters that it trains in full."""
+    generators = [layer.generators[adapter_name] for layer in layers_of(model, adapter_name).values()]
+    return [*generators, *trained_parameters(model, adapter_name).values()]
 
 
 def plain_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from .pretrained import present, unpresent
 from .rotation import Rotation
 from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
+from .trained import add_state_hooks, remove_state_hooks, restore_originals
 
 
 def wrap_model(
@@ -53,12 +54,7 @@ def wrap_model(
             gradient through, or a model that is wrapped already.
         ConfigError: a field with a value that is not allowed.
     """
-    if config is not None and not isinstance(config, OFTConfig):
-        raise AdapterError(f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}")
-    fields = OFTConfig.with_own_names(fields)
-    if config is not None and ("num_blocks" in fields) != ("block_size" in fields):
-        fields = {"num_blocks": None, "block_size": None, **fields}  # the one given takes the place of the other
-    config = dataclasses.replace(config, **fields) if config is not None else OFTConfig(**fields)
+    config = merged_config(config, fields)
     check_model(model, adapter_name)
     targets = find_targets(model, config)
     check_sizes(targets, config)
@@ -79,14 +75,25 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     Raises:
         AdapterError: the model is not wrapped.
     """
-    state = get_state(model)
+    get_state(model)
     for _, layer in oft_layers(model):
         if layer.merged:
             layer.unmerge()
-    for name, value in state.originals[state.active].items():
-        plain_parameter(model, name).data.copy_(value)
+    restore_originals(model)
     uninstall(model)
     return model
+
+
+def merged_config(config: OFTConfig | None, fields: dict[str, Any]) -> OFTConfig:
+    """The configuration with ``fields``, under this library's names or PEFT's, in place of its own."""
+    if config is not None and not isinstance(config, OFTConfig):
+        raise AdapterError(f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}")
+    fields = OFTConfig.with_own_names(fields)
+    if config is None:
+        return OFTConfig(**fields)
+    if ("num_blocks" in fields) != ("block_size" in fields):
+        fields = {"num_blocks": None, "block_size": None, **fields}  # the one given takes the place of the other
+    return dataclasses.replace(config, **fields)
 
 
 def check_sizes(targets: list[Target], config: OFTConfig) -> None:
@@ -110,20 +117,16 @@ def install(
     encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
     state = AdapterState(
         configs={adapter_name: config},
-        active=adapter_name,
+        sequence=(adapter_name,),
         trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
-        originals={adapter_name: {name: model.get_parameter(name).detach().clone() for name in trained}},
+        trained={adapter_name: tuple(trained)},
+        originals={name: model.get_parameter(name).detach().clone() for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
     )
     model.requires_grad_(False)
     add_hooks(model)
-    for target in targets:
-        layer = target.layer_class(
-            target.module, config, adapter_name=adapter_name, name=target.name, block_size=target.block_size
-        )
-        for path in target.paths:
-            _replace(model, path, layer)
-            _leave_fast_path(model, path, layer)
+    add_state_hooks(model)
+    put_on_targets(model, config, targets, adapter_name)
     for name in trained:
         plain_parameter(model, name).requires_grad_(True)
     _use_nested_tensors(model, state, False)
@@ -131,17 +134,36 @@ def install(
     present(model)
 
 
+def put_on_targets(model: nn.Module, config: OFTConfig, targets: list[Target], adapter_name: str) -> None:
+    """Gives each of the checked targets the adapter: inactive where a layer has others, active in a new layer."""
+    present = {id(layer.base_layer): layer for _, layer in oft_layers(model)}
+    for target in targets:
+        if id(target.module) in present:
+            present[id(target.module)].add(adapter_name, config, block_size=target.block_size)
+            continue
+        layer = target.layer_class(
+            target.module, config, adapter_name=adapter_name, name=target.name, block_size=target.block_size
+        )
+        for path in target.paths:
+            _replace(model, path, layer)
+            _leave_fast_path(model, path, layer)
+
+
+def release(model: nn.Module, layers: Container[OFTLayer]) -> None:
+    """Puts the base layers of these adapted layers back in their places."""
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, OFTLayer) and layer in layers:
+            _replace(model, path, layer.release_base())
+
+
 def uninstall(model: nn.Module) -> None:
     """Puts the base layers (merged or not) back in place of the adapted ones, and forgets the adapters."""
     state = get_state(model)
     remove_hooks(model)
+    remove_state_hooks(model)
     ungroup(model)
     _use_nested_tensors(model, state, True)
-    replaced = [
-        (path, layer) for path, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, OFTLayer)
-    ]
-    for path, layer in replaced:
-        _replace(model, path, layer.release_base())
+    release(model, {layer for _, layer in oft_layers(model)})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
     set_state(model, None)
@@ -157,12 +179,12 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
             f"{layer_class.__name__}(model, config)"
         )
-    if not adapter_name or "." in adapter_name:
-        raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: use a non-empty name without dots")
-    if find_state(model) is not None:
+    check_name(adapter_name)
+    if (state := find_state(model)) is not None:
         raise AdapterError(
-            f"this {type(model).__name__} is wrapped already (adapter {get_state(model).active!r}): call "
-            "merge(model) to keep what it learned, or unwrap_model(model) to drop it, before wrapping it again"
+            f"this {type(model).__name__} is wrapped already (adapter {', '.join(map(repr, state.configs))}): "
+            "add_adapter puts another adapter beside it; to wrap it again, call merge(model) to keep what it learned, "
+            "or unwrap_model(model) to drop it, before"
         )
     inside = [name for name, module in model.named_modules() if isinstance(module, OFTLayer) or _is_peft_layer(module)]
     if inside or isinstance(model, OFTLayer):
@@ -170,6 +192,14 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
             f"this {type(model).__name__} holds adapted layers already ({', '.join(inside[:3]) or 'itself'}): adapters "
             "are not nested; merge or remove those first"
         )
+
+
+def check_name(adapter_name: str) -> None:
+    """Refuses names that no adapter can have: it is a key of an ``nn.ParameterDict``, and part of parameters' names."""
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: use a non-empty name without dots")
+    if hasattr(nn.ParameterDict(), adapter_name):
+        raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: torch uses this name; choose another")
 
 
 def _is_peft_layer(module: nn.Module) -> bool:

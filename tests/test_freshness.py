@@ -231,6 +231,6 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_the_old_one(layer):
         generators.data = torch.full((4, 120), 0.0005 * i)
         if i % 7 == 0:
             check(layer)
-        held = layer._cache._memory.data_ptr()
-        assert (generators.data_ptr() == held) == layer._cache.is_of(generators)
+        held = layer._cache._made_of[0][1].data_ptr()
+        assert (generators.data_ptr() == held) == layer._cache.is_of([generators])
     check(layer)

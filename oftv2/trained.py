@@ -1,0 +1,153 @@
+"""Base parameters that adapters train in full (``modules_to_save``, biases): each adapter has its own.
+
+Those of the active adapters are in the model, where the base model's would be; those of the others are set aside, and
+belong to the model's state dictionary under names of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .state import AdapterState, find_state, get_state, plain_parameter, trained_parameters
+
+PREFIX = "_oftv2."
+
+
+def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Raises AdapterError where two of the adapters train the same base parameter, or it cannot be exchanged."""
+    state = get_state(model)
+    owners: dict[int, str] = {}
+    for adapter in adapter_names:
+        for parameter, name in {id(plain_parameter(model, name)): name for name in state.trained[adapter]}.items():
+            if parameter in owners:
+                raise AdapterError(
+                    f"the adapters {owners[parameter]!r} and {adapter!r} both train {name} in full, so they cannot be "
+                    "active together: a parameter has one value"
+                )
+            owners[parameter] = adapter
+    if set(adapter_names) == set(state.sequence):
+        return
+    exchanged = {name for adapter in {*adapter_names, *state.sequence} for name in state.trained[adapter]}
+    sharded = [name for name in sorted(exchanged) if hasattr(plain_parameter(model, name), "full_tensor")]
+    if sharded:
+        raise AdapterError(
+            f"{sharded[0]} is sharded (FSDP), so another adapter's values cannot take its place: call set_adapter "
+            "before the model is sharded"
+        )
+
+
+def set_aside(model: nn.Module, adapter_name: str, names: Sequence[str]) -> None:
+    """Gives a new, inactive adapter its own copies of the base model's parameters ``names``, frozen."""
+    state = get_state(model)
+    bases = {id(plain_parameter(model, name)): value for name, value in state.originals.items()}
+    copies: dict[int, nn.Parameter] = {}
+    for name in names:
+        parameter = plain_parameter(model, name)
+        base = state.originals.setdefault(name, bases.get(id(parameter), parameter.detach()))
+        if id(parameter) not in copies:  # tied parameters stay one
+            copies[id(parameter)] = nn.Parameter(base.clone(), requires_grad=False)
+    state.trained[adapter_name] = tuple(names)
+    state.aside[adapter_name] = {name: copies[id(plain_parameter(model, name))] for name in names}
+
+
+def exchange(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Puts the parameters of these adapters into the model, and sets those of the active ones aside; checked before."""
+    state = get_state(model)
+    wanted: dict[str, nn.Parameter] = {}
+    for adapter in state.sequence:
+        if adapter not in adapter_names:
+            names = state.trained[adapter]
+            state.aside[adapter] = trained_parameters(model, adapter)
+            for parameter in state.aside[adapter].values():
+                parameter.requires_grad_(False)
+            wanted |= {name: nn.Parameter(state.originals[name], requires_grad=False) for name in names}
+    for adapter in adapter_names:
+        wanted |= state.aside.pop(adapter, {})
+    _place(model, wanted)
+
+
+def _place(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Puts parameters into the model, wherever those of these names are used, on their devices and in their dtypes."""
+    exchanged: dict[int, nn.Parameter] = {}
+    for name, parameter in parameters.items():
+        present = plain_parameter(model, name)
+        if parameter.device != present.device or parameter.dtype != present.dtype:
+            parameter.data, parameter.grad = parameter.data.to(present.device, present.dtype), None
+        exchanged[id(present)] = parameter
+    for module in model.modules():
+        for leaf, present_here in module._parameters.items():
+            if id(present_here) in exchanged:
+                module._parameters[leaf] = exchanged[id(present_here)]
+
+
+def restore_originals(model: nn.Module) -> None:
+    """Gives the model the base values back."""
+    for name, value in get_state(model).originals.items():
+        plain_parameter(model, name).data.copy_(value)
+
+
+def forget(state: AdapterState, adapter_name: str) -> None:
+    """Forgets an inactive adapter's parameters, and the base values that no other adapter has its own of."""
+    del state.aside[adapter_name]
+    del state.trained[adapter_name]
+    used = {name for names in state.trained.values() for name in names}
+    state.originals = {name: value for name, value in state.originals.items() if name in used}
+
+
+# ---------------------------------------------------------------------------------------------- state dictionaries
+
+
+def add_state_hooks(model: nn.Module) -> None:
+    """Has what is set aside saved and loaded with the model's state dictionary."""
+    model.register_state_dict_post_hook(_add_aside)
+    model.register_load_state_dict_pre_hook(_take_aside)
+
+
+def remove_state_hooks(model: nn.Module) -> None:
+    """Takes the hooks off again."""
+    for hooks in (model._state_dict_hooks, model._load_state_dict_pre_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_add_aside, _take_aside)]:
+            del hooks[key]
+
+
+def aside_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is set aside, by its key in the model's state dictionary."""
+    state = find_state(model)
+    aside = {} if state is None else state.aside
+    return {f"{PREFIX}{adapter}.{name}": p for adapter, own in aside.items() for name, p in own.items()}
+
+
+def _add_aside(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict |= {prefix + key: parameter.detach() for key, parameter in aside_by_key(module).items()}
+
+
+@torch.no_grad()
+def _take_aside(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    errors: list[str],
+) -> None:
+    for key, parameter in aside_by_key(module).items():
+        value = state_dict.pop(prefix + key, None)
+        if value is None:
+            missing_keys.append(prefix + key)
+        elif value.shape != parameter.shape:
+            errors.append(f"{prefix + key}: shape {tuple(value.shape)}, and {tuple(parameter.shape)} is needed")
+        else:
+            parameter.copy_(value)
+    if strict:
+        unexpected_keys += _others(state_dict, prefix + PREFIX)
+
+
+def _others(state_dict: Iterable[str], prefix: str) -> list[str]:
+    return [key for key in state_dict if key.startswith(prefix)]
