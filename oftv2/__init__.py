@@ -12,6 +12,7 @@ from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
 from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
+from .rows import adapters_per_row
 from .serialization import hotswap_adapter, load_adapter, save_adapter
 from .wrap import unwrap_model, wrap_model
 
@@ -34,6 +35,7 @@ __all__ = [
     "StabilityWarning",
     "active_adapters",
     "adapter_names",
+    "adapters_per_row",
     "add_adapter",
     "delete_adapter",
     "diagnostics",
