@@ -139,9 +139,9 @@ class LayerRows:
     """What the rows of a batch go through in one layer, as far as it has their adapters.
 
     Attributes:
-        sequences: the different sequences of adapters; none is empty.
+        sequences: the different sequences of adapters, sorted; none is empty.
         places: for each row, which of them; −1 where the layer leaves it as it is.
-        index: ``places`` as a tensor ``(B,)``.
+        index: ``places`` as a tensor ``(B,)``. Compiled graphs depend on no more of the places than their number.
     """
 
     sequences: tuple[tuple[str, ...], ...]
@@ -152,7 +152,7 @@ class LayerRows:
     def of(cls, layer: OFTLayer, rows: Sequence[tuple[str, ...]], device: torch.device) -> LayerRows:
         """For rows of these adapters."""
         own = [tuple(name for name in names if name in layer.rotations) for names in rows]
-        sequences = tuple(dict.fromkeys(names for names in own if names))
+        sequences = tuple(sorted({names for names in own if names}))
         places = tuple(sequences.index(names) if names else -1 for names in own)
         return cls(sequences, places, torch.tensor(places, device=device))
 
@@ -162,7 +162,7 @@ class LayerRows:
         if not self.sequences:
             return x
         delta = self.delta(layer) if x.is_cpu else self.delta(layer, x.dtype)
-        by_row = x.reshape(len(self.places), repeats * x.shape[1:-1].numel(), x.shape[-1])
+        by_row = x.reshape(self.index.shape[0], repeats * x.shape[1:-1].numel(), x.shape[-1])
         return F.rotate_rows(by_row, delta, self.index).view(x.shape)
 
     def each(self, layer: OFTLayer, x: Tensor, call: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
@@ -189,7 +189,7 @@ class LayerRows:
 
     def _repeats(self, layer: OFTLayer, x: Tensor) -> int:
         """How many times each row is there; AdapterError for inputs that do not have the rows first."""
-        count, given = len(self.places), x.shape[0] if x.dim() > 1 else 0
+        count, given = self.index.shape[0], x.shape[0] if x.dim() > 1 else 0
         routed = x.dim() == 2 and "experts" in layer.name.split(".")
         if given % count or (given != count and x.dim() == 2) or x.dim() < 2 or routed:
             raise AdapterError(

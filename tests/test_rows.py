@@ -282,7 +282,7 @@ class TestLayers:
         x = torch.randn(3, 5, 16).double()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, backend=counter)
-        for rows in (["math", None, "chat"], ["math", "chat", None], ["math", "chat", "chat"]):
+        for rows in (["math", None, "chat"], ["math", "chat", None], ["chat", "math", "chat"]):
             with adapters_per_row(model, rows):
                 expected = model(x)
                 assert_close("output", compiled(x), expected, 1e-12)
