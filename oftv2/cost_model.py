@@ -41,7 +41,7 @@ class Machine:
 # Two threads, float32, b = 32. Milliseconds of a training step over the frozen one in the input and the weight form:
 # d = n = 1024, 3.5 and 3.9 at T = 1024, 4.8 and 4.8 at 1536; d = 576, n = 1536, 3.8 and 3.7 at 2048; d = 1536, n = 576,
 # 8.9 and 5.5 at 2048. So passes over memory count, and the forms cross at about T = 1.4 n.
-CPU = Machine("CPU", 14e9, 150e9, 15e-6, "measured on two cores, float32: benchmarks/layer.py")
+CPU = Machine("CPU", 14e9, 150e9, 15e-6, "measured on two cores, float32: benchmarks/run.py layer")
 GPUS = (
     Machine("H200", 4.3e12, 400e12, 4e-6, "copy measured on an H200; operations and latency estimated"),
     Machine("H100", 3.0e12, 400e12, 4e-6, "data sheet"),

@@ -1,0 +1,90 @@
+"""Memory of a training step of a whole model, each method in a process of its own: the suite ``memory``.
+
+``peak_bytes`` is the peak of the allocator on a GPU and of the resident set on a CPU, beyond what the process held when
+all packages were imported and had been used (``imports_bytes``). Bytes kept for the backward pass are counted exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import models
+import torch
+from adapted import base_of, common, missing_rows, tokens, trained
+from measure import Row, bar, in_fresh_process, memory, reset_peak, saved_bytes
+from methods import METHODS, Sizes, attach, available
+from options import Options
+from suite_step import OWN, OWN_NF4, step
+
+STEPS = 3
+
+
+def measure(options: Options) -> Iterator[Row]:
+    batch, length = (2, 16) if options.quick else (4, 2048) if options.device.type == "cuda" else (4, 256)
+    names, missing = available(options.choose(["frozen", "oft", "lora"] if options.quick else [*OWN, *OWN_NF4]))
+    for checkpointing in (False,) if options.quick else (False, True):
+        group = f"{options.model}, {batch} x {length}{', checkpointing' * checkpointing}"
+        if not options.wanted(group):
+            continue
+        shared = common(options, group, batch=batch, length=length, tokens=batch * length, checkpointing=checkpointing)
+        yield from missing_rows(shared, missing)
+        found = {}
+        for name in bar(names, group):
+            found[name] = in_fresh_process(
+                "suite_memory:one",
+                **{"name": name, "model": options.model, "device": str(options.device), "dtype": options.dtype_name},
+                **{"batch": batch, "length": length, "checkpointing": checkpointing, "seed": options.seed},
+                **{"block_size": options.sizes.block_size, "rank": options.sizes.rank},
+            )
+        for name, figures in found.items():
+            row = {**shared, "method": name, "base": base_of(name, options), **figures}
+            for column, other in METHODS[name].ratios.items():
+                if other in found:
+                    row[column] = round(figures["peak_bytes"] / found[other]["peak_bytes"], 4)
+            yield row
+
+
+def one(
+    name: str,
+    model: str,
+    device: str,
+    dtype: str,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+    seed: int,
+    block_size: int,
+    rank: int,
+) -> dict[str, int]:
+    """The figures of one method, in this process."""
+    options = Options(
+        device=torch.device(device), dtype=getattr(torch, dtype), model=model, sizes=Sizes(block_size, rank), seed=seed
+    )
+    ids = tokens(options, batch, length)
+    # A small model first: what the packages import and set up when they are used is not the method's.
+    _train(name, models.TINY_NAME, options, ids[:1, :8], checkpointing)
+    reset_peak(options.device)
+    before = memory(options.device, peak=False)
+    adapted = _train(name, model, options, ids, checkpointing)
+    peak = memory(options.device, peak=True)
+    with saved_bytes(adapted) as kept:
+        loss = adapted(input_ids=ids, labels=ids).loss
+    del loss
+    return {
+        "peak_bytes": peak - before,
+        "imports_bytes": before,
+        "saved_bytes": sum(kept.values()),
+        "trainable": sum(parameter.numel() for parameter in trained(adapted)),
+    }
+
+
+def _train(name: str, model: str, options: Options, ids: torch.Tensor, checkpointing: bool) -> Any:
+    base = models.load(model, options.device, options.dtype, nf4=METHODS[name].nf4, seed=options.seed)
+    adapted = attach(name, base, options.sizes).train()
+    if checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    run = step(name, adapted, ids)
+    for round_ in range(STEPS):
+        run(round_)
+    return adapted
