@@ -18,10 +18,12 @@ from ._ops import check_features, default, rotate, rotate_delta_grad
 torch.library.define("oftv2::rotate_rows", "(Tensor x, Tensor deltas, Tensor rows) -> Tensor")
 torch.library.define("oftv2::rotate_rows_delta_grad", "(Tensor grad, Tensor x, Tensor deltas, Tensor rows) -> Tensor")
 
-# Tokens for each rotation in use below which a CPU rather gathers Δ for every row than rotates adapter by adapter (2
-# threads, float32, d = 1024, b = 32, 64 rows: 0.8 against 1.2 ms at one token, 0.8 against 0.4 at 8, 2.0 against 2.5 at
-# 16, 56 against 24 at 128).
+# A CPU gathers Δ for every row where the adapters have fewer tokens each than so many, or where neither x nor those Δ
+# have more elements than that; else it rotates adapter by adapter (2 threads, float32, b = 32, 64 rows, ms gathered and
+# by adapter: d = 1024, one token each, 64 adapters 0.9 and 1.3, 8 adapters 1.4 and 0.6, 64 tokens each 25 and 13;
+# d = 256, 16 tokens each, 64 adapters 0.4 and 1.8, 8 adapters 0.4 and 1.3).
 _FEW_TOKENS = 8
+_SMALL = 1 << 20
 
 
 def check_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> None:
@@ -63,8 +65,8 @@ def _rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return _rotate_gathered(x, deltas, rows)
     places = _places(rows)
-    tokens = x.numel() // x.shape[-1]
-    if tokens < _FEW_TOKENS * len(places):
+    tokens, gathered = x.shape[:-1].numel(), len(rows) * deltas[0].numel()
+    if tokens < _FEW_TOKENS * len(places) or (len(places) > 1 and max(x.numel(), gathered) <= _SMALL):
         wide = torch.promote_types(x.dtype, torch.float32)  # a CPU's 16-bit products are slow and coarse
         return _rotate_gathered(x.to(wide), deltas, rows).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

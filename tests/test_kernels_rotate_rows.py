@@ -88,8 +88,11 @@ def compare(device, dtype, leading, blocks, adapters, index_dtype=torch.int64):
 
 class TestDefault:
     @DTYPES
+    @pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "by adapter"])
     @pytest.mark.parametrize(("leading", "blocks", "adapters"), SHAPES, ids=str)
-    def test_equals_the_rows_one_by_one(self, leading, blocks, adapters, dtype):
+    def test_equals_the_rows_one_by_one(self, monkeypatch, leading, blocks, adapters, gathered, dtype):
+        monkeypatch.setattr(_row_ops, "_FEW_TOKENS", 1 << 30 if gathered else 0)
+        monkeypatch.setattr(_row_ops, "_SMALL", 0)
         compare("cpu", dtype, leading, blocks, adapters)
 
     @pytest.mark.parametrize(("leading", "blocks", "adapters"), SHAPES[:5], ids=str)
@@ -117,7 +120,10 @@ class TestDefault:
             out.sum().backward()
             assert not deltas.grad.any()
 
-    def test_rows_without_an_adapter_keep_zeros_and_infinities(self):
+    @pytest.mark.parametrize("few", [0, 8], ids=["by adapter", "gathered"])
+    def test_rows_without_an_adapter_keep_zeros_and_infinities(self, monkeypatch, few):
+        monkeypatch.setattr(_row_ops, "_FEW_TOKENS", few)
+        monkeypatch.setattr(_row_ops, "_SMALL", 0)
         x = torch.tensor([[-0.0, float("inf"), float("nan"), 1.0]] * 2)
         for rows in ([-1, -1], [-1, 0]):
             out = F.rotate_rows(x, torch.full((1, 1, 4, 4), float("nan")), torch.tensor(rows))
@@ -139,7 +145,8 @@ class TestDefault:
             ((2, 2, 4, 4), torch.tensor([0, 1, 2]), "index 2 is out of bounds|out of range"),
         ],
     )
-    def test_what_does_not_fit_is_refused(self, deltas, rows, message):
+    def test_what_does_not_fit_is_refused(self, monkeypatch, deltas, rows, message):
+        monkeypatch.setattr(_row_ops, "_SMALL", 0)
         for tokens in (5, 50):
             with pytest.raises((RuntimeError, IndexError), match=message.replace("5, 8", f"{tokens}, 8")):
                 F.rotate_rows(torch.randn(3, tokens, 8), torch.randn(deltas), rows)
