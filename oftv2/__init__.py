@@ -2,6 +2,7 @@
 
 from .adapter import disable_adapter, merge, print_trainable_parameters, unmerge
 from .adapters import active_adapters, adapter_names, add_adapter, delete_adapter, set_adapter
+from .averaging import average_adapters
 from .base import OFTLayer
 from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
@@ -37,6 +38,7 @@ __all__ = [
     "adapter_names",
     "adapters_per_row",
     "add_adapter",
+    "average_adapters",
     "delete_adapter",
     "diagnostics",
     "disable_adapter",

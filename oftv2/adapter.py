@@ -16,7 +16,8 @@ from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .pretrained import forget_quantization
 from .quant import QuantOFTLinear, find_backend
-from .state import find_state, get_state, oft_layers, plain_parameter
+from .state import find_state, get_state, oft_layers
+from .trained import base_values
 from .wrap import uninstall
 
 
@@ -27,25 +28,18 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         AdapterError: the model is not wrapped, or its adapter is merged.
     """
-    state = get_state(model)
+    get_state(model)
     layers = [layer for _, layer in oft_layers(model)]
     _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
     enabled = [layer.enabled for layer in layers]
-    names = [name for adapter in state.sequence for name in state.trained[adapter]] if all(enabled) else []
-    originals = {name: state.originals[name] for name in names}
-    trained = {name: plain_parameter(model, name).data for name in originals}
-    try:
-        for layer in layers:
-            layer.enabled = False
-        for name, value in originals.items():
-            parameter = plain_parameter(model, name)
-            parameter.data = value.to(parameter.device, parameter.dtype)
-        yield model
-    finally:
-        for layer, was in zip(layers, enabled, strict=True):
-            layer.enabled = was
-        for name, value in trained.items():
-            plain_parameter(model, name).data = value
+    with base_values(model):
+        try:
+            for layer in layers:
+                layer.enabled = False
+            yield model
+        finally:
+            for layer, was in zip(layers, enabled, strict=True):
+                layer.enabled = was
 
 
 def merge(

@@ -151,15 +151,21 @@ def put(model: nn.Module, adapter_name: str, config: OFTConfig, targets: list[Ta
     watch(model)
 
 
-def check_sequence(model: nn.Module, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of adapters of a model or a layer that can be active together; AdapterError where they cannot."""
+def check_names(model: nn.Module, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of different adapters of a model or a layer, at least one; AdapterError where they are not."""
     names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     if not names:
         raise AdapterError("no adapter is named: to switch all of them off, use disable_adapter(model)")
     check_known(model, names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise AdapterError(f"the adapter {twice[0]!r} is named twice: it can rotate once")
+        raise AdapterError(f"the adapter {twice[0]!r} is named twice: once is enough")
+    return names
+
+
+def check_sequence(model: nn.Module, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of adapters of a model or a layer that can be active together; AdapterError where they cannot."""
+    names = check_names(model, adapter_names)
     if not isinstance(model, OFTLayer):
         check_together(model, names)
     return names

@@ -43,7 +43,9 @@ class WrappedPreTrainedModel:
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """Writes the adapter as :func:`oftv2.save_adapter` does, and once more for ``Trainer`` to resume from.
+        """Writes the active adapter as :func:`oftv2.save_adapter` does, and all of them for ``Trainer`` to resume from.
+
+        Every other adapter goes into a subfolder of its name, as in PEFT; of several active ones, the first does not.
 
         Raises:
             AdapterError: see :func:`oftv2.save_adapter`.
@@ -53,7 +55,12 @@ class WrappedPreTrainedModel:
         assert isinstance(self, nn.Module)
         if not is_main_process:
             return
-        folder = save_adapter(self, save_directory)
+        state = get_state(self)
+        first = state.sequence[0]
+        folder = save_adapter(self, save_directory, adapter_name=first)
+        for name in state.configs:
+            if name != first:
+                save_adapter(self, folder / name, adapter_name=name)
         names = set(trained_keys(self))
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()
@@ -81,6 +88,23 @@ class WrappedPreTrainedModel:
         assert isinstance(self, nn.Module)
         state = get_state(self)
         return AdapterConfigs(type(self).__name__, {name: config.to_dict() for name, config in state.configs.items()})
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        """transformers' way to activate an adapter, or several: :func:`oftv2.set_adapter`."""
+        from .adapters import set_adapter  # which imports wrap, which imports this
+
+        set_adapter(self, adapter_name)  # type: ignore[arg-type]
+
+    def delete_adapter(self, adapter_names: str | list[str]) -> None:
+        """transformers' way to delete adapters: :func:`oftv2.delete_adapter`."""
+        from .adapters import delete_adapter
+
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            delete_adapter(self, name)  # type: ignore[arg-type]
+
+    def active_adapters(self) -> list[str]:
+        """transformers' way to ask which are active, in their order."""
+        return list(get_state(self).sequence)  # type: ignore[arg-type]
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """transformers' way to add an adapter of peft's: refused."""

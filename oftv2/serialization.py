@@ -31,6 +31,7 @@ from .peft_format import peft_layout
 from .reading import read_adapter
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
+from .trained import base_values
 from .wrap import check_model, install
 
 _MAX_LISTED = 12
@@ -85,6 +86,8 @@ def save_adapter(
     description, layout = None, "oftv2"
     if format != "oftv2" and (found := _in_peft_layout(model, name, refuse=format == "peft")) is not None:
         description, tensors, layout = *found, "peft"
+    with base_values(model):
+        base = describe_base(model, {path: layer.base_layer for path, layer in layers.items()})
     manifest = {
         "format_version": FORMAT_VERSION,
         "library": "oftv2",
@@ -92,7 +95,7 @@ def save_adapter(
         "config": state.configs[name].to_dict(),
         "block_sizes": {path: layer.rotations[name].block_size for path, layer in layers.items()},
         "trained_parameters": list(trained),
-        "base": describe_base(model, {path: layer.base_layer for path, layer in layers.items()}),
+        "base": base,
     }
     data = safetensors.torch.save(
         {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
@@ -250,7 +253,8 @@ def _check_fit(
     """Raises one AdapterError for all that keeps the adapter from fitting."""
     problems = check_tensors(adapter) + problems
     if check_base and not problems:
-        problems += compare_base(model, adapter.base)
+        with base_values(model):
+            problems += compare_base(model, adapter.base)
     if problems:
         more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         lines = "\n  ".join(problems[:_MAX_LISTED])

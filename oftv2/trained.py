@@ -6,7 +6,8 @@ belong to the model's state dictionary under names of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,6 +84,21 @@ def _place(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         for leaf, present_here in module._parameters.items():
             if id(present_here) in exchanged:
                 module._parameters[leaf] = exchanged[id(present_here)]
+
+
+@contextmanager
+def base_values(model: nn.Module) -> Iterator[None]:
+    """Within the context, the base parameters that active adapters train in full have the base model's values."""
+    state = find_state(model) or AdapterState({}, ())
+    parameters = {name: p for adapter in state.sequence for name, p in trained_parameters(model, adapter).items()}
+    trained = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = state.originals[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = trained[name]
 
 
 def restore_originals(model: nn.Module) -> None:

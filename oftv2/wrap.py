@@ -196,8 +196,8 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
 
 def check_name(adapter_name: str) -> None:
     """Refuses names that no adapter can have: it is a key of an ``nn.ParameterDict``, and part of parameters' names."""
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: use a non-empty name without dots")
+    if not isinstance(adapter_name, str) or not adapter_name or set("./\\") & set(adapter_name):
+        raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: use a name without dots and slashes")
     if hasattr(nn.ParameterDict(), adapter_name):
         raise AdapterError(f"adapter_name={adapter_name!r} is not allowed: torch uses this name; choose another")
 

@@ -54,12 +54,17 @@ def wrapped(**fields):
     return lambda: wrap_model(build(), **{**FIELDS, **fields})
 
 
-BASES = pytest.mark.parametrize("make", [plain(), wrapped()], ids=["plain", "wrapped"])
+def beside():
+    return wrap_model(build(), adapter_name="other", block_size=4, modules_to_save=("0",))
+
+
+BASES = pytest.mark.parametrize("make", [plain(), wrapped(), beside], ids=["plain", "wrapped", "beside"])
 
 
 def refused(make, folder, *messages, **options):
     """Loading raises one AdapterError with all of ``messages`` and leaves the model exactly as it was."""
     model = make()
+    options |= {"adapter_name": "new"} if make is beside else {}
     before = snapshot(model)
     with pytest.raises(AdapterError) as caught:
         load_adapter(model, folder, **options)
@@ -85,8 +90,9 @@ def test_missing_file(make, folder):
 
 @BASES
 def test_the_file_in_place_of_its_folder(make, folder):
-    wanted = load_adapter(make(), folder).state_dict()
-    found = load_adapter(make(), folder / FILE).state_dict()
+    options = {"adapter_name": "new"} if make is beside else {}
+    wanted = load_adapter(make(), folder, **options).state_dict()
+    found = load_adapter(make(), folder / FILE, **options).state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 

@@ -1,0 +1,209 @@
+"""The average of adapters: the mean of their rotations on the rotation group, which is a rotation again.
+
+The entrywise mean of rotations is none: it shrinks what they turn apart. The Karcher mean minimizes the weighted sum of
+squared geodesic distances ``‖log(RᵀRᵢ)‖²_F``, block by block; its fixed point is ``Σ wᵢ log(RᵀRᵢ) = 0``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import check_addable, check_names, put
+from .base import OFTLayer
+from .config import OFTConfig
+from .errors import AdapterError
+from .functional import in_blocks_of
+from .reference import pack
+from .state import get_state, oft_layers
+from .targets import Target
+
+_MAX_STEPS = 200
+_CONVERGED = 1e-12  # ‖Σ wᵢ log(RᵀRᵢ)‖_F; rounding leaves about 1e-14
+_NEAR_PI = 1e-6
+
+
+class NoMeanError(ValueError):
+    """What keeps the blocks of one layer from having a mean."""
+
+
+@torch.no_grad()
+def average_adapters(
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    adapter_name: str = "average",
+) -> nn.Module:
+    """Adds the average of adapters to a wrapped model, as a new adapter that is not active yet.
+
+    It is the Karcher mean of their rotations, in float64, block by block (of the least common multiple of their sizes);
+    truncated series, which are not quite rotations, count as the nearest ones. The new adapter has the exact Cayley
+    parametrization, so it is orthogonal, and can be trained on. A layer that an adapter lacks counts as the identity.
+
+    Args:
+        model (nn.Module): a wrapped model.
+        adapter_names (Sequence[str]): of which adapters, in any order, active or not.
+        weights (Sequence[float] | None): one for each, not negative; they are divided by their sum. ``None``: equal.
+        adapter_name (str): the name of the average.
+
+    Returns:
+        nn.Module: the same object.
+
+    Raises:
+        AdapterError: names that :func:`oftv2.add_adapter` or :func:`oftv2.set_adapter` refuse; weights that are no
+            weights; an adapter that trained base parameters in full; rotations so far apart that they have no unique
+            mean, with the layer and the block. Nothing is changed then.
+    """
+    check_addable(model, adapter_name)
+    names = check_names(model, adapter_names)
+    shares = _shares(names, weights)
+    state = get_state(model)
+    for name in names:
+        if state.trained[name]:
+            raise AdapterError(
+                f"{name!r} trained {state.trained[name][0]} in full, which is no rotation: only adapters without "
+                "modules_to_save and biases are averaged"
+            )
+    shared = all(state.configs[name].block_share for name in names)
+    means: dict[str, Tensor] = {}
+    for path, layer in oft_layers(model):
+        if any(name in layer.rotations for name in names):
+            layer.check_generators(names)
+            try:
+                means[path] = _mean_generators(layer, names, shares, shared)
+            except NoMeanError as error:
+                raise AdapterError(
+                    f"{path}: the adapters {', '.join(map(repr, names))} have no average: {error}"
+                ) from None
+    sizes = {path: _block_size(packed) for path, packed in means.items()}
+    config = OFTConfig(
+        block_size=max(sizes.values()),
+        parametrization="cayley",
+        block_share=shared,
+        target_modules=tuple(means),
+        modules_to_save=(),
+    )
+    layers = dict(oft_layers(model))
+    targets = [Target(path, (path,), layers[path].base_layer, type(layers[path]), sizes[path]) for path in means]
+    put(model, adapter_name, config, targets, ())
+    for path, packed in means.items():
+        layers[path].generators[adapter_name].copy_(packed)
+    return model
+
+
+def _shares(names: Sequence[str], weights: Sequence[float] | None) -> Tensor:
+    """The weights, normalized: ``(k,)``, float64."""
+    given = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(names):
+        raise AdapterError(f"weights={given}: {len(names)} adapters want as many weights")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in given) or sum(given) == 0:
+        raise AdapterError(f"weights={given} are not allowed: use numbers from 0 up, not all of them 0")
+    return torch.tensor(given, dtype=torch.float64) / sum(given)
+
+
+def _mean_generators(layer: OFTLayer, names: Sequence[str], shares: Tensor, shared: bool) -> Tensor:
+    """The packed generators of the mean rotation, for the exact Cayley transform."""
+    present = [name for name in names if name in layer.rotations]
+    deltas = {name: layer.rotations[name].delta(layer.generators[name].double().cpu()) for name in present}
+    size = math.lcm(*(delta.shape[-1] for delta in deltas.values()))
+    wide = {name: in_blocks_of(delta, size)[: 1 if shared else None] for name, delta in deltas.items()}
+    nothing = torch.zeros_like(wide[present[0]])
+    rotations = torch.stack([wide.get(name, nothing) for name in names]) + torch.eye(size, dtype=torch.float64)
+    mean = karcher_mean(nearest_rotation(rotations), shares)
+    _refuse(rotation_angles(mean), math.pi - _NEAR_PI, "their mean is half a turn, which no generators make")
+    return pack(inverse_cayley(mean))
+
+
+def _block_size(packed: Tensor) -> int:
+    """``b`` of packed generators ``(r, b(b−1)/2)``."""
+    return (1 + math.isqrt(1 + 8 * packed.shape[1])) // 2
+
+
+# ---------------------------------------------------------------------------------------------- the rotation group
+
+
+def karcher_mean(rotations: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of rotations ``(k, r, b, b)`` in float64, block by block: ``(r, b, b)``.
+
+    ``R ← R exp(Σ wᵢ log(RᵀRᵢ))`` from the entrywise mean, which is near.
+
+    Args:
+        rotations (torch.Tensor): orthogonal, of determinant 1.
+        weights (torch.Tensor): ``(k,)``, not negative, of sum 1.
+
+    Raises:
+        NoMeanError: two of them are half a turn apart, or more than two are not within a quarter turn of their mean,
+            beyond which there may be several; or no convergence.
+    """
+    rotations, weights = rotations[weights > 0], weights[weights > 0]
+    for first, second in combinations(rotations, 2):
+        _refuse(rotation_angles(first.mT @ second), math.pi - _NEAR_PI, "two of them are half a turn apart")
+    mean = nearest_rotation(torch.einsum("k,krij->rij", weights, rotations))
+    for _ in range(_MAX_STEPS):
+        logarithms = log_rotation(mean.mT @ rotations)
+        step = torch.einsum("k,krij->rij", weights, logarithms)
+        mean = mean @ exp_skew(step)
+        length = torch.linalg.matrix_norm(step)
+        if length.amax() <= _CONVERGED:
+            break
+    _refuse(length, _CONVERGED, f"no convergence in {_MAX_STEPS} steps")
+    if len(rotations) > 2:
+        _refuse(
+            rotation_angles(mean.mT @ rotations).amax(0),
+            math.pi / 2,
+            "some are more than a quarter turn from their mean",
+        )
+    return mean
+
+
+def nearest_rotation(matrices: Tensor) -> Tensor:
+    """The nearest rotation to each of ``(..., b, b)`` matrices, by the Frobenius norm."""
+    left, singular, right = torch.linalg.svd(matrices)
+    signs = torch.ones_like(singular)
+    signs[..., -1] = torch.linalg.det(left @ right)
+    return (left * signs[..., None, :]) @ right
+
+
+def inverse_cayley(rotations: Tensor) -> Tensor:
+    """``Q = (R − I)(R + I)⁻¹``, skew-symmetric; not finite where R turns anything by exactly π, which no Q does."""
+    identity = torch.eye(rotations.shape[-1], dtype=rotations.dtype)
+    Q = torch.linalg.solve_ex(rotations + identity, rotations - identity, left=False).result
+    return (Q - Q.mT) / 2
+
+
+def log_rotation(rotations: Tensor) -> Tensor:
+    """The principal logarithm of rotations ``(..., b, b)``, skew-symmetric."""
+    angles, vectors = _eigen(rotations)
+    return ((vectors * (-1j * angles[..., None, :])) @ vectors.mH).real
+
+
+def exp_skew(generators: Tensor) -> Tensor:
+    """The exponential of skew-symmetric matrices ``(..., b, b)``, to rounding: torch's ``matrix_exp`` errs by 2e-11 at
+    norms of 0.03."""
+    angles, vectors = torch.linalg.eigh(1j * generators)
+    return ((vectors * torch.exp(-1j * angles)[..., None, :]) @ vectors.mH).real
+
+
+def rotation_angles(rotations: Tensor) -> Tensor:
+    """The largest angle, in radians, by which each of ``(..., b, b)`` rotations turns anything."""
+    return _eigen(rotations)[0].abs().amax(-1)
+
+
+def _eigen(rotations: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles θ ``(..., b)`` and unitary eigenvectors: ``iQ`` of the inverse Cayley transform is Hermitian and has the
+    eigenvalues ``tan(θ/2)`` where R has ``e^(−iθ)``."""
+    Q = inverse_cayley(rotations)
+    singular = ~Q.isfinite().flatten(-2).all(-1)
+    values, vectors = torch.linalg.eigh(1j * torch.where(singular[..., None, None], 0.0, Q))
+    return torch.where(singular[..., None], math.pi, 2 * torch.atan(values)), vectors
+
+
+def _refuse(values: Tensor, limit: float, reason: str) -> None:
+    """Raises NoMeanError for the block with the largest of ``values`` ``(r,)``, if that is beyond the limit."""
+    if not values.amax() <= limit:
+        raise NoMeanError(f"block {int(values.argmax())}: {reason}")
