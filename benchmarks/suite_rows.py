@@ -113,7 +113,7 @@ def _measure(shared: Row, made: Case, options: Options) -> Iterator[Row]:
         runs = {BASE: frozen, ONE: lambda _: call(model, batch), ROWS: lambda _: call(kept, batch)}
         runs |= {ANEW: anew, APART: one_by_one}
         samples = interleave(runs, options.device, calibrate=True, title=shared["group"], **options.effort)
-        delta_bytes = sum(layer.rows.delta(layer).nbytes for layer in adapted(kept))
+        delta_bytes = sum(layer.rows.delta(layer, layer.weight).nbytes for layer in adapted(kept))
     sizes = {
         "generator_bytes": sum(packed.nbytes for layer in adapted(model) for packed in layer.generators.values()),
         "kept_delta_bytes": delta_bytes,

@@ -201,7 +201,7 @@ class OFTLayer(nn.Module):
     def kept_or_built(
         self, names: Sequence[str], build: Callable[..., Tensor], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """``build(dropout=…)`` of the generators of ``names``, or what was kept of it; see :meth:`delta`."""
+        """``build(dropout=…)``, made of the generators of ``names``, or what was kept of it; see :meth:`delta`."""
         if self._changes(names):
             return build(dropout=self.training)
         kept, generators = self._cache, [self.generators[name] for name in names]
@@ -216,12 +216,8 @@ class OFTLayer(nn.Module):
         return [generators[name] for name in self.sequence]
 
     def _build(self, *, dropout: bool = False) -> Tensor:
-        return self.product(self.sequence, dropout=dropout)
-
-    def product(self, names: Sequence[str], *, dropout: bool = False) -> Tensor:
-        """``Δ`` of these adapters one after the other, built anew, ``(r, b, b)``."""
         deltas = []
-        for name in names:
+        for name in self.sequence:
             rotation = self.rotations[name]
             delta = rotation.delta(self.generators[name])
             deltas.append(rotation.dropped(delta) if dropout else delta)

@@ -20,6 +20,7 @@ from . import functional as F
 from .adapters import check_sequence, check_unmerged
 from .base import OFTLayer
 from .errors import AdapterError
+from .rotation import Rotation
 from .state import get_state, oft_layers
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' modules keep what they checkpoint with
@@ -161,14 +162,13 @@ class LayerRows:
         repeats = self._repeats(layer, x)
         if not self.sequences:
             return x
-        delta = self.delta(layer) if x.is_cpu else self.delta(layer, x.dtype)
         by_row = x.reshape(self.index.shape[0], repeats * x.shape[1:-1].numel(), x.shape[-1])
-        return F.rotate_rows(by_row, delta, self.index).view(x.shape)
+        return F.rotate_rows(by_row, self.delta(layer, x), self.index).view(x.shape)
 
     def each(self, layer: OFTLayer, x: Tensor, call: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """``call(rows, Δ)`` for the rows of each sequence, Δ being None where there is none, in the rows' order."""
         repeats = self._repeats(layer, x)
-        delta = self.delta(layer) if self.sequences else None
+        delta = self.delta(layer, x) if self.sequences else None
         outputs, order = [], []
         for place in dict.fromkeys(self.places):
             own = [row * repeats + i for row, at in enumerate(self.places) if at == place for i in range(repeats)]
@@ -177,15 +177,29 @@ class LayerRows:
             order += own
         return torch.cat(outputs).index_select(0, torch.tensor(order, device=x.device).argsort())
 
-    def delta(self, layer: OFTLayer, dtype: torch.dtype | None = None) -> Tensor:
-        """Δ of the different sequences, ``(A, r, b, b)``, ``b`` the least common multiple of their block sizes."""
+    def delta(self, layer: OFTLayer, x: Tensor) -> Tensor:
+        """Δ of the different sequences, ``(A, r, b, b)``, ``b`` the least common multiple of their block sizes.
 
-        def stack(*, dropout: bool) -> Tensor:
-            deltas = [layer.product(names, dropout=dropout) for names in self.sequences]
-            block_size = math.lcm(*(delta.shape[-1] for delta in deltas))
-            return torch.stack([F.in_blocks_of(delta, block_size) for delta in deltas])
+        What a GPU keeps of it is in the dtype of ``x`` alone: with many adapters it is large.
+        """
+        names = list(dict.fromkeys(name for sequence in self.sequences for name in sequence))
+        rotations = [layer.rotations[name] for name in names]
 
-        return layer.kept_or_built([name for names in self.sequences for name in names], stack, dtype)
+        def build(*, dropout: bool) -> Tensor:
+            made = Rotation.deltas(rotations, [layer.generators[name] for name in names])
+            if dropout:
+                made = [rotation.dropped(delta) for rotation, delta in zip(rotations, made, strict=True)]
+            own = dict(zip(names, made, strict=True))
+            products = [F.compose([own[name] for name in sequence]) for sequence in self.sequences]
+            block_size = math.lcm(*(delta.shape[-1] for delta in products))
+            stacked = torch.stack([F.in_blocks_of(delta, block_size) for delta in products])
+            return stacked if x.is_cpu or stacked.requires_grad else stacked.to(x.dtype)
+
+        kept = layer.kept_or_built(names, build)
+        if x.is_cpu or kept.requires_grad or kept.dtype == x.dtype:
+            return kept
+        layer.use_rows(self)  # kept for activations of another dtype
+        return layer.kept_or_built(names, build)
 
     def _repeats(self, layer: OFTLayer, x: Tensor) -> int:
         """How many times each row is there; AdapterError for inputs that do not have the rows first."""

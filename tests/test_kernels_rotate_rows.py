@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from conftest import assert_close
+import oftv2
+from conftest import assert_close, randomize
 from oftv2 import _row_ops, reference
 from oftv2 import functional as F
 
@@ -217,6 +220,28 @@ class TestKernels:
         totals = ops.rotate_rows_delta_grad(grad, x, deltas, rows.to(kernel_device))
         assert totals.isfinite().all()
         assert [bool(total.any()) for total in totals] == [True, False, True, False]
+
+
+def test_a_model_whose_rows_have_adapters_of_their_own(kernel_device, launches):
+    model = oftv2.wrap_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), adapter_name="math", block_size=32)
+    oftv2.add_adapter(model, "chat", block_size=16)
+    randomize(model)
+    model.to(kernel_device, torch.bfloat16)
+    x, rows = torch.randn(4, 5, 64, device=kernel_device).bfloat16(), ["chat", "math", None, "chat"]
+    expected = []
+    for i, name in enumerate(rows):
+        oftv2.set_adapter(model, name or "math")
+        with contextlib.nullcontext() if name else oftv2.disable_adapter(model):
+            expected.append(model(x[i : i + 1]))
+    oftv2.set_adapter(model, ["math", "chat"])
+    with oftv2.adapters_per_row(model, rows):
+        for train in (True, False):
+            assert_close("output", model.train(train)(x), torch.cat(expected), 8e-3)
+            with torch.no_grad():
+                assert_close("output", model(x), torch.cat(expected), 8e-3)
+        model(x).sum().backward()
+    assert launches == ["rotate_rows"] * 5 + ["rotate_rows_delta_grad"]
+    assert all(packed.grad.any() for packed in model[0].generators.values())
 
 
 def test_opcheck(kernel_device):

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import oftv2
 from conftest import assert_close, randomize
-from oftv2 import AdapterError, adapters_per_row
+from oftv2 import AdapterError, OFTConfig, adapters_per_row
+from oftv2.rotation import Rotation
 
 # Twice one adapter, several of one row, none, and one that most layers lack.
 ROWS = ["math", None, "chat", ["chat", "code"], "code", "math"]
@@ -137,13 +138,43 @@ class TestLanguageModel:
         layer = model.model.layers[0].self_attn.q_proj
         with torch.no_grad(), adapters_per_row(model, ROWS):
             before = model(tokens[0]).logits
-            kept = layer.rows.delta(layer)
-            assert layer.rows.delta(layer) is kept
+            kept = layer.rows.delta(layer, layer.weight)
+            assert layer.rows.delta(layer, layer.weight) is kept
             assert kept.shape == (4, 2, 32, 32)  # math, chat, chat then code, code; none of them twice
             layer.generators["code"].mul_(2)
             after = model(tokens[0]).logits
         changed = [bool(row.any()) for row in after - before]
         assert changed == [False, False, False, True, True, False]
+
+    def test_devices_other_than_a_cpu_keep_one_dtype(self):
+        model = nn.Sequential(nn.Linear(64, 8))
+        oftv2.wrap_model(model, adapter_name="math", block_size=8).eval().to("meta")
+        layer = model[0]
+        with torch.no_grad(), adapters_per_row(model, ["math", None]):
+            for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+                x = torch.empty(2, 3, 64, dtype=dtype, device="meta")
+                assert layer.rows.rotate(layer, x).dtype == dtype
+                kept = layer.rows.delta(layer, x)
+                assert kept.dtype == dtype
+                assert layer.rows.delta(layer, x) is kept
+
+
+def test_rotations_made_together_are_those_made_apart():
+    configs = [
+        {"block_size": 8},
+        {"block_size": 8, "constraint": 0.5, "dropout": 0.5},
+        {"block_size": 4},
+        {"block_size": 8, "block_share": True, "scale_generators": True},
+        {"block_size": 8, "parametrization": "cayley"},
+        {"block_size": 8, "neumann_terms": 6},
+        {"block_size": 8, "parametrization": "cayley", "block_share": True},
+    ]
+    rotations = [Rotation.resolve(OFTConfig(**config), 32, "layer") for config in configs]
+    generators = [0.1 * torch.randn(rotation.shape, dtype=torch.float64) for rotation in rotations]
+    together = Rotation.deltas(rotations, generators)
+    for rotation, packed, delta in zip(rotations, generators, together, strict=True):
+        torch.testing.assert_close(delta, rotation.delta(packed), rtol=1e-14, atol=1e-16)
+    assert [delta.stride(0) for delta in together] == [64, 64, 16, 0, 64, 64, 0]
 
 
 class TestGradients:
