@@ -6,12 +6,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import torch
+from torch import Tensor
+
+import models
 from measure import Row
 from methods import METHODS, attach, available
 from options import Options
-from torch import Tensor
 
 
 def together(options: Options, names: list[str]) -> tuple[dict[str, Any], dict[str, str]]:

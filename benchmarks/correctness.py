@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import oftv1
 import torch
-from methods import Sizes, linear, on_layer
 from torch import Tensor, nn
 
+import oftv1
 import oftv2
+from methods import Sizes, linear, on_layer
 from oftv2 import reference
 
 
@@ -44,7 +44,7 @@ def in_float64(name: str, layer: nn.Module, weight: Tensor, bias: Tensor | None,
     own = dict(layer.named_parameters())
     with torch.no_grad():
         for path, parameter in exact.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and name != "full":  # which has no adapter, and the weights that are given
                 parameter.copy_(own[path])
     return exact
 

@@ -90,6 +90,7 @@ def main() -> None:
     import gpu_layers
     import gpu_measure
     import gpu_models
+
     import measure
 
     rows = [] if args.skip_tests else [run_tests(folder)]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from gpu_measure import Settings, at_least, at_most, close, medians, random, row
-from measure import MissingError, Run
 from torch import Tensor
 
+from measure import MissingError, Run
 from oftv2 import functional as F
 from oftv2 import reference
 

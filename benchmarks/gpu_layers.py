@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 from gpu_measure import Settings, at_most, medians, random, row
+from torch import Tensor, nn
+
 from measure import MissingError, require, saved_bytes
 from methods import Sizes, available, linear, linear_nf4, on_layer
-from torch import Tensor, nn
 
 
 def projections(size: tuple[int, int, int]) -> dict[str, tuple[int, int]]:

@@ -6,8 +6,9 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from measure import Run, environment, interleave
 from torch import Tensor
+
+from measure import Run, environment, interleave
 
 # hidden size, size of k and v, size of the feed-forward layer
 MODELS = {"Llama-3-8B": (4096, 1024, 14336), "Qwen2.5-7B": (3584, 512, 18944)}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import models
 import torch
 from gpu_measure import Settings, at_most, medians, row
+from torch import Tensor, nn
+
+import models
 from measure import require
 from methods import METHODS, Sizes, attach, available
-from torch import Tensor, nn
 
 SEQUENCES = (4, 2048)
 

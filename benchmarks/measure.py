@@ -251,6 +251,26 @@ def environment(device: torch.device) -> Row:
     return {**found, "threads": torch.get_num_threads(), **versions(), "commit": commit()}
 
 
+class Neighbours:
+    """How much of the processors others take meanwhile: what timings are disturbed by."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def share(self) -> float:
+        """Since it was asked last, from 0 to 1; 0 where the system does not tell."""
+        before, self._before = self._before, self._now()
+        total, busy, own = (now - then for now, then in zip(self._before, before, strict=True))
+        return round(min(1.0, max(0.0, (busy - own) / total)), 3) if total else 0.0
+
+    def _now(self) -> tuple[float, float, float]:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return (0.0,) * 3
+        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in stat.read_text().split("\n")[0].split()[1:9]]
+        return sum(ticks), sum(ticks) - sum(ticks[3:5]), sum(os.times()[:4])  # the fourth and fifth are idle
+
+
 def _serve(function: str, arguments: str) -> None:
     module, _, name = function.partition(":")
     try:

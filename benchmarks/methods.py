@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import oftv1
 import torch
-from measure import MissingError, require
 from torch import Tensor, nn
 
+import oftv1
 import oftv2
+from measure import MissingError, require
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from checkout import ROOT
+
 from measure import MissingError, require
 from methods import linear_nf4
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
+
 from methods import METHODS, Sizes
 
 

@@ -1,11 +1,11 @@
-"""Writes the README's "Measured" section from the results that are committed beside this file.
+"""Writes the README's "Measured" section, and the plots, from the results that are committed beside this file.
 
-    python benchmarks/report.py            # prints it
-    python benchmarks/report.py --write    # puts it into the README
+    python benchmarks/report.py            # prints the section
+    python benchmarks/report.py --write    # puts it into the README and draws the plots
 
 The results come from
-    python examples/finetune.py --compare              # report.json, kept as results/finetune-cpu.json
-    python benchmarks/layer.py --out benchmarks/results/layer-cpu
+    python examples/finetune.py --compare    # report.json, kept as results/finetune-cpu.json
+    python benchmarks/run.py                 # results/SUITE-cpu.json
 """
 
 from __future__ import annotations
@@ -16,36 +16,44 @@ import re
 from pathlib import Path
 from typing import Any
 
+import checkout
+import plots
+from plots import Row, load
+
+checkout.make_importable()
+from methods import METHODS  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.S)
+NAMES = {
+    **{"frozen": "frozen base", "oft": "**OFT, b = 32**", "peft-oft": "PEFT's OFT, b = 32", "lora": "LoRA, r = 16"},
+    **{"dora": "DoRA, r = 16", "oftv1": "original OFT, b = 32", "full": "all weights"},
+    **{"frozen-nf4": "frozen NF4 base", "qoft": "**QOFT, b = 32**", "peft-qoft": "PEFT's QOFT, b = 32"},
+    **{"qlora": "QLoRA, r = 16"},
+}
+SHAPES = [(1024, 1024, 1024), (4096, 576, 576), (2048, 1536, 576), (2048, 576, 1536), (512, 2048, 2048)]
+SHAPES.append((1, 1024, 1024))
+NOTHING = "—"
 
 
 def finetune_table(report: dict[str, Any]) -> str:
     """What the main job gave, a column a method."""
     methods, before = report["methods"], report["before"]
-    rows: list[list[str]] = [["", "base", *(name.upper() if name == "oft" else "LoRA (PEFT)" for name in methods)]]
-    rows.append(["settings", "", *(settings(name, report) for name in methods)])
-    rows.append(["trainable parameters", "0", *(f"{m['trainable_parameters'] / 1e6:.2f} M" for m in methods.values())])
-    rows.append(
-        [
-            "held-out sums exactly right",
-            f"{before['exact']:.1%}",
-            *(f"{m['after']['exact']:.1%}" for m in methods.values()),
-        ]
-    )
-    rows.append(
+    trained, after = ([m[key] for m in methods.values()] for key in ("training", "after"))
+    rows = [
+        ["", "base", *(name.upper() if name == "oft" else "LoRA (PEFT)" for name in methods)],
+        ["settings", "", *(settings(name, report) for name in methods)],
+        ["trainable parameters", "0", *(f"{m['trainable_parameters'] / 1e6:.2f} M" for m in methods.values())],
+        ["held-out sums exactly right", f"{before['exact']:.1%}", *(f"{a['exact']:.1%}" for a in after)],
         [
             "perplexity of unrelated prose (lower: less forgotten)",
-            f"{before['perplexity']:.1f}",
-            *(f"{m['after']['perplexity']:.1f}" for m in methods.values()),
-        ]
-    )
-    rows.append(["tokens per second", "", *(f"{m['training']['tokens_per_second']:.0f}" for m in methods.values())])
-    rows.append(["training time", "", *(f"{m['training']['seconds']:.0f} s" for m in methods.values())])
-    rows.append(
-        ["peak memory", "", *(f"{m['training']['peak_memory_bytes'] / 2**30:.2f} GiB" for m in methods.values())]
-    )
+            *(f"{a['perplexity']:.1f}" for a in (before, *after)),
+        ],
+        ["tokens per second", "", *(f"{t['tokens_per_second']:.0f}" for t in trained)],
+        ["training time", "", *(f"{t['seconds']:.0f} s" for t in trained)],
+        ["peak memory", "", *(f"{t['peak_memory_bytes'] / 2**30:.2f} GiB" for t in trained)],
+    ]
     return markdown(rows)
 
 
@@ -55,24 +63,107 @@ def settings(name: str, report: dict[str, Any]) -> str:
     return f"{size}, lr {report['methods'][name]['lr']:g}"
 
 
-def layer_table(results: dict[str, Any]) -> str:
+def layer_table(rows: list[Row]) -> str:
     """One layer's time over the frozen layer's, a column a method."""
-    names = {"oft": "oftv2", "peft-lora": "PEFT LoRA r = 16", "peft-oft": "PEFT OFT b = 32"}
-    shapes = list(dict.fromkeys(row["shape"] for row in results["rows"]))
-    found = {(row["shape"], row["method"]): row for row in results["rows"]}
-    rows = [["tokens, in → out", "frozen layer", *names.values()]]
-    for shape in shapes:
-        tokens, d, n = shape.split("x")
-        frozen = found[shape, "frozen"]
-        mode = "" if frozen["mode"] == "forward+backward" else f" ({frozen['mode']})"
-        rows.append(
+    found = {(r["tokens"], r["in"], r["out"], r["method"]): r for r in rows if r["block_size"] == 32}
+    methods = ("oft", "lora", "peft-oft", "dora", "oftv1", "full")
+    lines = [["tokens, in → out", "frozen layer", *(NAMES[method] for method in methods)]]
+    for shape in SHAPES:
+        frozen = found.get((*shape, "frozen"))
+        if frozen is None:
+            continue
+        mode = "" if frozen["mode"] == "forward + backward" else f" ({frozen['mode']})"
+        cells = [found.get((*shape, method), {}) for method in methods]
+        name = "{}, {} → {}".format(*shape) + mode
+        lines.append([name, f"{frozen['ms']:.3g} ms", *(number(cell, "over_frozen", ".2f") for cell in cells)])
+    return markdown(lines)
+
+
+def model_table(place: str, methods: tuple[str, ...]) -> str:
+    """Everything about a whole model, a row a method."""
+    steps = load(f"step-{place}")
+    batches = sorted({(row["tokens"], f"{row['batch']} × {row['length']}") for row in steps if "tokens" in row})
+    head = ["", "trains", *(f"tokens/s at {name}" for _, name in batches), "memory of training", "kept for backward"]
+    lines = [[*head, "generates", "merges", "wraps"]]
+    for method in methods:
+        mine = {suite: only(load(f"{suite}-{place}"), method) for suite in ("memory", "decode", "merge", "wrap")}
+        step = {row["tokens"]: row for row in steps if row.get("method") == method}
+        memory = first(mine["memory"], checkpointing=False)
+        decode = first(mine["decode"], merged=False, sequences=1)
+        any_row = next(iter(step.values()), {})
+        speeds = [number(step.get(tokens, {}), "tokens_per_second", ".0f") for tokens, _ in batches]
+        lines.append(
             [
-                f"{tokens}, {d} → {n}{mode}",
-                f"{frozen['median_ms']:.3g} ms",
-                *(f"{found[shape, method]['over_frozen']:.2f}" for method in names),
+                *(NAMES[method], number(any_row, "trainable", ".2f", 1e-6, " M"), *speeds),
+                *(number(memory, key, ".2f", 2**-30, " GiB") for key in ("peak_bytes", "saved_bytes")),
+                *(number(decode, "ms", ".0f", unit=" ms/token"), number(first(mine["merge"]), "ms", ".2f", 1e-3, " s")),
+                number(first(mine["wrap"]), "ms", ".2f", 1e-3, " s"),
             ]
         )
-    return markdown(rows)
+    return markdown(lines)
+
+
+def answers(place: str) -> str:
+    """What a newcomer asks, answered by the ratios and their quartiles, also where the answer is no."""
+    lines = [["", "OFT over LoRA", "QOFT over QLoRA", "OFT over PEFT's OFT", "QOFT over PEFT's QOFT"]]
+    pairs = [("oft", "over_lora"), ("qoft", "over_lora"), ("oft", "over_peft_oft"), ("qoft", "over_peft_oft")]
+    steps, decode, memory = load(f"step-{place}"), load(f"decode-{place}"), load(f"memory-{place}")
+    questions: list[tuple[str, list[Row]]] = [
+        (f"time of a training step of {tokens} tokens", [r for r in steps if r.get("tokens") == tokens])
+        for tokens in sorted({row["tokens"] for row in steps if "tokens" in row})
+    ]
+    questions += [
+        ("memory of training", [row for row in memory if row.get("checkpointing") is False]),
+        ("the same with checkpointing", [row for row in memory if row.get("checkpointing") is True]),
+        *(
+            (f"time of a token, {n} sequence{'s' * (n > 1)} generated, not merged", [r for r in decode if this(r, n)])
+            for n in sorted({row["sequences"] for row in decode if "sequences" in row})
+        ),
+        ("time of merging", load(f"merge-{place}")),
+        ("time of wrapping a model", load(f"wrap-{place}")),
+    ]
+    for question, rows in questions:
+        lines.append([question, *(answer(rows, method, column) for method, column in pairs)])
+    return markdown(lines)
+
+
+def this(row: Row, sequences: int) -> bool:
+    return row.get("sequences") == sequences and row.get("merged") is False
+
+
+def answer(rows: list[Row], method: str, column: str) -> str:
+    """A ratio, in words: less or more only where the quartiles agree, or, without any, beyond two percent."""
+    row = first(only(rows, method))
+    if "peak_bytes" in row and column not in row:  # measured each on its own, so that nothing was to be paired
+        other = first(only(rows, METHODS[method].ratios[column]))
+        row = {column: row["peak_bytes"] / other["peak_bytes"]} if "peak_bytes" in other else row
+    if column not in row:
+        return NOTHING
+    low, high = row.get(f"{column}_q1", row[column] - 0.02), row.get(f"{column}_q3", row[column] + 0.02)
+    word = "less" if high < 1 else "more" if low > 1 else "equal"
+    return f"{word}: {row[column]:.2f}"
+
+
+def only(rows: list[Row], method: str) -> list[Row]:
+    return [row for row in rows if row.get("method") == method]
+
+
+def first(rows: list[Row], **fields: Any) -> Row:
+    """The first row with these values, or an empty one."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in fields.items())), {})
+
+
+def number(row: Row, key: str, form: str, scale: float = 1.0, unit: str = "") -> str:
+    """A figure, or why there is none."""
+    return f"{row[key] * scale:{form}}{unit}" if key in row else row.get("missing", NOTHING)
+
+
+def where(rows: list[Row]) -> str:
+    """On what machine, with which versions, in how many rounds."""
+    row = next(row for row in rows if "rounds" in row)
+    rounds = sorted({row["rounds"] for row in rows if "rounds" in row})
+    packages = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return f"{row['device']}, {row['threads']} threads, {packages}; medians of {rounds[0]} to {rounds[-1]} rounds"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -81,32 +172,50 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
+def picture(name: str, text: str) -> str:
+    """A plot, if what it shows is there."""
+    made = plots.pictures().get(RESULTS / f"{name}.svg")
+    there = made is not None and any(panel.lines for panel in made())
+    return f"\n![{text}](benchmarks/results/{name}.svg)\n" if there else ""
+
+
 def section() -> str:
     """The whole section."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
-    layer = json.loads((RESULTS / "layer-cpu.json").read_text())
-    about = layer["machine"]
-    versions = about["versions"]
-    return f"""The main job on two cores (`python examples/finetune.py --compare`: same data, steps and seed; one seed;
-taken before the rotation's CPU path was reworked, so its speed is that of the version before):
+    layer, step = load("layer-cpu"), load("step-cpu")
+    return f"""**Against LoRA and QLoRA**, SmolLM2-135M on two cores (`make bench`). Less is better; "equal" where quartiles
+of the ratios straddle 1:
+
+{answers("cpu")}
+
+The figures behind it (float32: {where(step)}):
+
+{model_table("cpu", ("frozen", "oft", "lora", "dora", "peft-oft", "oftv1", "full"))}
+
+{model_table("cpu", ("frozen-nf4", "qoft", "qlora", "peft-qoft"))}
+
+**One layer**, forward and backward with the input's gradient, time over the frozen layer's (float32;
+{where(layer)}):
+
+{layer_table(layer)}
+{picture("layer-cpu", "One layer over tokens, width and block size, beside its peers, and its two forms")}{
+        picture("memory-sizes", "Memory of a training step over the size of the model")
+    }{picture("study-cpu", "Accuracy over trainable parameters and over time")}
+**The main job** (`python examples/finetune.py --compare`: same data, steps and seed; one seed; taken before the
+rotation's CPU path was reworked, so its speed is that of the version before):
 
 {finetune_table(finetune)}
 
-One layer, forward and backward with the input's gradient, time over the frozen layer's (`python benchmarks/layer.py`:
-{about["device"]}, {about["threads"]} threads, {about["dtype"]}, torch {versions["torch"]}, peft {versions["peft"]};
-medians of {about["rounds"]} interleaved rounds):
-
-{layer_table(layer)}
-
-Both are small measurements on a shared machine; differences of a few percent are noise. Nothing was measured on a GPU.
+These are measurements on a shared machine; differences of a few percent are noise. Nothing was measured on a GPU.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put it into the README")
+    parser.add_argument("--write", action="store_true", help="put it into the README and draw the plots")
     if parser.parse_args().write:
         README.write_text(SECTION.sub(lambda match: match[1] + section() + match[2], README.read_text()))
+        plots.main()
     else:
         print(section())
 

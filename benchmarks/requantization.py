@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import commit, cpu_name
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from measure import commit, cpu_name
 from oftv2.backends import find_backend
 from oftv2.merging import rotated
 from oftv2.rotation import Rotation

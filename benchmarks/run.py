@@ -8,9 +8,10 @@
 
 Methods take turns round by round and ratios are taken within a round, after a warm-up; figures are medians with
 quartiles (columns ending in _q1 and _q3). Results are checked before anything is timed. Each group of rows is written
-as soon as it is measured, to results/SUITE-DEVICE.csv and .json; a row has the device, the versions, the commit and the
-seed it was taken with. A peer that is not installed gets a row that says so. `python benchmarks/report.py` makes
-tables and plots of the results.
+as soon as it is measured, to results/SUITE-DEVICE.csv and .json; a row has the device, the versions, the commit, the
+seed, and the share of the processors that other programs took meanwhile (others_cpu; --undisturbed 0.05 measures anew
+where that was more). A peer that is not installed gets a row that says so. `python benchmarks/report.py` makes tables
+and plots of the results.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import checkout
 checkout.make_importable()
 
 import torch  # noqa: E402
-from measure import MissingError, Row, environment, keep_freed_memory  # noqa: E402
+
+from measure import MissingError, Neighbours, Row, environment, keep_freed_memory  # noqa: E402
 from methods import METHODS, Sizes  # noqa: E402
 from options import Options  # noqa: E402
 
@@ -63,11 +65,12 @@ class Results:
         json_file = path.with_name(f"{path.name}.json")
         self.rows: list[Row] = json.loads(json_file.read_text()) if json_file.is_file() else []
 
-    def done(self, methods: tuple[str, ...] | None) -> set[str]:
-        """The groups that are there, with all of ``methods`` if some are asked for."""
+    def done(self, methods: tuple[str, ...] | None, disturbed: float = 1.0) -> set[str]:
+        """The groups that are there, with all of ``methods`` if some are asked for, and with neighbours no busier."""
         found: dict[str, set[str]] = {}
         for row in self.rows:
-            found.setdefault(row["group"], set()).add(row.get("method", ""))
+            if row.get("others_cpu", 0) <= disturbed:
+                found.setdefault(row["group"], set()).add(row.get("method", ""))
         return {group for group, there in found.items() if there.issuperset(methods or ())}
 
     def add(self, rows: list[Row]) -> None:
@@ -101,16 +104,17 @@ def find(suite: str) -> Callable[[Options], Iterable[Row]]:
 def run(suite: str, options: Options, results: Results, about: Row) -> list[Row]:
     """Measures a suite and returns its new rows; each group is written when it is complete."""
     new: list[Row] = []
+    start, neighbours = time.perf_counter(), Neighbours()
     try:
         groups = itertools.groupby(find(suite)(options), key=lambda row: row["group"])
         for group, found in groups:
-            start = time.perf_counter()
-            rows = [{"suite": suite, **row, "seed": options.seed, "run": RUN, **about} for row in found]
+            measured = list(found)
+            taken = {"seed": options.seed, "run": RUN, "others_cpu": neighbours.share(), **about}
+            rows = [{"suite": suite, **row, **taken} for row in measured]
             results.add(rows)
             new += rows
-            print(
-                f"{suite}: {group}: {len(rows)} rows, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True
-            )
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            print(f"{suite}: {group}: {len(rows)} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
     except MissingError as error:
         rows = [{"suite": suite, "group": suite, "missing": str(error), "run": RUN, **about}]
         results.add(rows)
@@ -148,6 +152,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all works")
     parser.add_argument("--only", default="", metavar="REGEX", help="groups whose name contains it")
     parser.add_argument("--again", action="store_true", help="measure groups anew that have results")
+    parser.add_argument(
+        "--undisturbed", type=float, metavar="SHARE", help="measure anew what other programs took more of the CPUs from"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--model", help="smollm2 (default), tiny, a model_sizes name, a folder or hub name")
@@ -186,7 +193,7 @@ def main() -> None:
             seconds=args.seconds,
             seed=args.seed,
             only=args.only,
-            done=set() if args.again else results.done(methods),
+            done=set() if args.again else results.done(methods, 1.0 if args.undisturbed is None else args.undisturbed),
         )
         new = run(suite, options, results, about)
         print(f"\n{suite}: {results.path}.csv, .json")

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from adapted import base_of, common, missing_rows, together, tokens
-from measure import Row, interleave, timings
 from merging import MERGE, check_merged
+from torch import Tensor
+
+from measure import Row, interleave, timings
 from methods import METHODS, perturb
 from options import Options
-from torch import Tensor
 
 OWN = ["frozen", "oft", "peft-oft", "lora", "dora"]
 OWN_NF4 = ["frozen-nf4", "qoft", "peft-qoft", "qlora"]

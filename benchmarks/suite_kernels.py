@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from gpu_kernels import rotation_runs
+
 from measure import Row, interleave, timings
 from options import Options
 

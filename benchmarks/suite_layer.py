@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
+
 from correctness import check
 from measure import Row, Run, interleave, saved_bytes, timings
 from methods import METHODS, available, linear, linear_nf4, on_layer
 from options import Options
-from torch import nn
 
 OWN = ["frozen", "oft", "oft-input", "oft-weight", "peft-oft", "lora", "dora", "oftv1", "full"]
 OWN_NF4 = ["frozen-nf4", "qoft", "peft-qoft", "qlora"]

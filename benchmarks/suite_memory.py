@@ -9,40 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import torch
-from adapted import base_of, common, missing_rows, tokens, trained
+from adapted import base_of, common, tokens, trained
+from suite_step import OWN, OWN_NF4, step
+
+import models
 from measure import Row, bar, in_fresh_process, memory, reset_peak, saved_bytes
 from methods import METHODS, Sizes, attach, available
 from options import Options
-from suite_step import OWN, OWN_NF4, step
 
-STEPS = 3
+STEPS = 2  # in the second the optimizer has its state
 
 
 def measure(options: Options) -> Iterator[Row]:
     batch, length = (2, 16) if options.quick else (4, 2048) if options.device.type == "cuda" else (4, 256)
     names, missing = available(options.choose(["frozen", "oft", "lora"] if options.quick else [*OWN, *OWN_NF4]))
     for checkpointing in (False,) if options.quick else (False, True):
-        group = f"{options.model}, {batch} x {length}{', checkpointing' * checkpointing}"
-        if not options.wanted(group):
-            continue
-        shared = common(options, group, batch=batch, length=length, tokens=batch * length, checkpointing=checkpointing)
-        yield from missing_rows(shared, missing)
-        found = {}
-        for name in bar(names, group):
-            found[name] = in_fresh_process(
+        case = f"{options.model}, {batch} x {length}{', checkpointing' * checkpointing}"
+        shape = {"batch": batch, "length": length, "checkpointing": checkpointing}
+        for name in bar([*missing, *names], case):
+            group = f"{case}: {name}"
+            if not options.wanted(group):
+                continue
+            row = {**common(options, group, **shape, tokens=batch * length), "method": name}
+            if name in missing:
+                yield {**row, "missing": missing[name]}
+                continue
+            figures = in_fresh_process(
                 "suite_memory:one",
                 **{"name": name, "model": options.model, "device": str(options.device), "dtype": options.dtype_name},
-                **{"batch": batch, "length": length, "checkpointing": checkpointing, "seed": options.seed},
-                **{"block_size": options.sizes.block_size, "rank": options.sizes.rank},
+                **{**shape, "block_size": options.sizes.block_size, "rank": options.sizes.rank, "seed": options.seed},
             )
-        for name, figures in found.items():
-            row = {**shared, "method": name, "base": base_of(name, options), **figures}
-            for column, other in METHODS[name].ratios.items():
-                if other in found:
-                    row[column] = round(figures["peak_bytes"] / found[other]["peak_bytes"], 4)
-            yield row
+            yield {**row, "base": base_of(name, options), **figures}
 
 
 def one(

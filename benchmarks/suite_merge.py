@@ -10,11 +10,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import torch
 from adapted import base_of, common, missing_rows, together, tokens
-from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
 from merging import MERGE, check_merged
+
+import models
+from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
 from methods import METHODS, Sizes, attach, available, perturb
 from options import Options
 
@@ -79,6 +80,8 @@ def peak(name: str, model: str, device: str, dtype: str, seed: int, block_size: 
     sizes = Sizes(block_size, rank)
     for source in (models.TINY_NAME, model):  # a small model first, for what packages set up when they are used
         base = models.load(source, options.device, options.dtype, nf4=METHODS[name].nf4, seed=seed)
+        for parameter in base.parameters():  # out of the mapped file: pages of that stay resident when a layer lets go
+            parameter.data = parameter.data.clone()
         adapted = perturb(name, attach(name, base, sizes))
         del base
         adapted(tokens(options, 1, 8))

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from adapted import base_of, common, missing_rows, together, tokens, trained
+from torch import Tensor
+
 from measure import Row, Run, interleave, spread, timings
 from methods import METHODS
 from options import Options
-from torch import Tensor
 
-OWN = ["frozen", "oft", "peft-oft", "lora", "dora", "oftv1", "full"]
-OWN_NF4 = ["frozen-nf4", "qoft", "peft-qoft", "qlora"]
+OWN = ["frozen", "oft", "lora", "peft-oft", "dora", "full", "oftv1"]
+OWN_NF4 = ["frozen-nf4", "qoft", "qlora", "peft-qoft"]
 
 
 def batches(options: Options) -> list[tuple[int, int]]:

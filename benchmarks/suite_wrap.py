@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import models
 from adapted import base_of, common, missing_rows, trained
+
+import models
 from measure import Row, interleave, timings
 from methods import METHODS, attach, available
 from options import Options

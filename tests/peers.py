@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -142,22 +141,6 @@ def largest_allocation(function: Callable[[], Any]) -> int:
         function()
     events = record.profiler.kineto_results.events()
     return max(event.nbytes() for event in events if event.name() == "[memory]")
-
-
-@contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes that autograd keeps for the backward pass, by storage; parameters are there anyway and not counted."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
 
 
 def linear_pair(d: int = 64, n: int = 24, b: int = 16, **ours: Any) -> tuple[nn.Module, nn.Module]:

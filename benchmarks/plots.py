@@ -1,0 +1,194 @@
+"""Draws the committed results: layers over tokens, block size and width, memory over model size, accuracy.
+
+    python benchmarks/plots.py    # rewrites benchmarks/results/*.svg of every result file that is there
+
+Each picture carries a digest of the numbers that it shows, by which the tests see that it is of the committed results.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLOURS = {
+    **{"oft": "#0b6e99", "qoft": "#0b6e99", "oft-input": "#7fb8d0", "oft-weight": "#04364d"},
+    **{"lora": "#d9730d", "qlora": "#d9730d", "dora": "#e8b04a", "peft-oft": "#6940a5", "peft-qoft": "#6940a5"},
+    **{"oftv1": "#a8312f", "full": "#4d4d4b", "frozen": "#9a9a97", "frozen-nf4": "#9a9a97"},
+}
+Row = dict[str, Any]
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Panel:
+    """One coordinate system: named lines, or loose points."""
+
+    title: str
+    x: str
+    y: str
+    lines: dict[str, Points] = field(default_factory=dict)
+    log_y: bool = False
+    joined: bool = True
+
+
+Picture = list[Panel]
+
+
+def load(name: str) -> list[Row]:
+    """The rows of ``results/NAME.json``; none where the file is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def digest(picture: Picture) -> str:
+    """Of the numbers that a picture shows."""
+    text = json.dumps([[panel.title, panel.lines] for panel in picture])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sweep(rows: list[Row], over: str, methods: tuple[str, ...]) -> dict[str, Points]:
+    """Time over the frozen layer's, by method, along one column; everything else as in most of the rows."""
+    rows = [row for row in rows if row["mode"] == "forward + backward" and row["base"] != "NF4" and "ms" in row]
+    rows = [row for row in rows if row["in"] == row["out"]]
+    fixed = {}
+    for column in ("in", "tokens", "block_size"):
+        if column != over and rows:
+            fixed[column] = Counter(row[column] for row in rows).most_common(1)[0][0]
+    chosen = [row for row in rows if all(row[column] == value for column, value in fixed.items())]
+    return {
+        method: sorted((row[over], row["over_frozen"]) for row in chosen if row["method"] == method)
+        for method in methods
+        if any(row["method"] == method for row in chosen)
+    }
+
+
+def layers(place: str) -> Picture:
+    """One layer over its peers' and over its own two forms."""
+    rows = load(f"layer-{place}")
+    y, peers = "time over the frozen layer's", ("oft", "lora", "dora", "peft-oft", "oftv1", "full")
+    return [
+        Panel("Tokens", "tokens", y, sweep(rows, "tokens", peers), log_y=True),
+        Panel("Width", "inputs = outputs", y, sweep(rows, "in", peers), log_y=True),
+        Panel("Block size", "block size b", y, sweep(rows, "block_size", ("oft", "peft-oft", "oftv1")), log_y=True),
+        Panel("The two forms", "tokens", y, sweep(rows, "tokens", ("oft-input", "oft-weight", "oft"))),
+    ]
+
+
+def memory_of_sizes() -> Picture:
+    """Predicted memory of a training step, whole and over the frozen model's on the same base."""
+    path = RESULTS / "memory-model.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "predicted"]
+
+    def gib(method: str, checkpointing: str) -> dict[float, float]:
+        return {
+            float(row["parameters"]): float(row["predicted_gib"])
+            for row in rows
+            if (row["method"], row["checkpointing"], row["batch"]) == (method, checkpointing, "4")
+        }
+
+    def over(method: str, reference: str) -> Points:
+        whole = gib(reference, "False")
+        return sorted((size, value / whole[size]) for size, value in gib(method, "False").items())
+
+    x, step = "parameters of the model", "4 x 2048 tokens"
+    whole = {m: sorted(gib(m, "True").items()) for m in ("full", "lora", "oft", "qlora", "qoft")}
+    ratios = {m: over(m, "frozen") for m in ("oftv1", "dora", "peft-oft", "lora", "oft")}
+    ratios |= {m: over(m, "frozen-nf4") for m in ("qlora", "qoft")}
+    return [
+        Panel(f"A step of {step}, checkpointing (predicted)", x, "GiB", whole, log_y=True),
+        Panel(f"{step}, no checkpointing (predicted)", x, "over the frozen model's", ratios),
+    ]
+
+
+def quality() -> Picture:
+    """Accuracy of each method at the learning rate of its lowest validation loss, a mean over seeds."""
+    path = RESULTS / "study-cpu.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = [row for row in rows if row["study"] == "quality" and not row["diverged"]]
+    if not rows:
+        return []
+    task = Counter(row["task"] for row in rows).most_common(1)[0][0]
+    panels = [
+        Panel(f"Accuracy on {task}", "trainable parameters", "accuracy", joined=False),
+        Panel(f"Accuracy on {task}", "CPU seconds of training", "accuracy", joined=False),
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
+        tried = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+        best = min(tried, key=lambda row: row["validation"]["loss"])["lr"]
+        runs = [row for row in tried if row["lr"] == best]
+        accuracy = statistics.mean(row["test"]["accuracy"] for row in runs)
+        panels[0].lines[method] = [(runs[0]["trainable"], accuracy)]
+        panels[1].lines[method] = [(statistics.mean(row["cpu_seconds"] for row in runs), accuracy)]
+    return panels
+
+
+def pictures() -> dict[Path, Callable[[], Picture]]:
+    """Every picture there could be, and how to get what it shows."""
+    places = sorted(path.stem.removeprefix("layer-") for path in RESULTS.glob("layer-*.json"))
+    found: dict[Path, Callable[[], Picture]] = {
+        RESULTS / f"layer-{place}.svg": lambda place=place: layers(place) for place in places
+    }
+    return {**found, RESULTS / "memory-sizes.svg": memory_of_sizes, RESULTS / "study-cpu.svg": quality}
+
+
+def draw(path: Path, picture: Picture) -> None:
+    """Writes one picture, the same bytes for the same numbers and version of matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "oftv2", "svg.fonttype": "none", "font.size": 9}
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    columns = 2
+    lines = -(-len(picture) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(9, 3.2 * lines), layout="constrained", squeeze=False)
+    for ax, panel in zip(axes.flat, picture, strict=False):
+        for name, points in panel.lines.items():
+            kind = re.split(r"[-/]", name)[0]
+            style = {"marker": "o", "markersize": 3, "linewidth": 2.2 if kind in ("oft", "qoft") else 1.2}
+            dashed = "--" if kind.startswith(("q", "peft-q")) else "-"
+            xs, ys = zip(*points, strict=True)
+            ax.plot(
+                xs, ys, dashed if panel.joined else "", label=name, color=COLOURS.get(name, COLOURS.get(kind)), **style
+            )
+            if not panel.joined:
+                ax.annotate(name, points[0], xytext=(4, 3), textcoords="offset points", fontsize=7)
+        ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+        ax.set_xscale("log", base=10 if not panel.joined or "parameters" in panel.x else 2)
+        if panel.log_y:
+            ax.set_yscale("log")
+            wide = ax.get_ylim()[1] > 20 * ax.get_ylim()[0]
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 3, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
+        if panel.joined:
+            ax.legend(fontsize=7, frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    figure.savefig(path, metadata={"Date": None, "Description": digest(picture)})
+    plt.close(figure)
+
+
+def main() -> None:
+    for path, make in pictures().items():
+        picture = make()
+        if any(panel.lines for panel in picture):
+            draw(path, picture)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
