@@ -18,7 +18,8 @@ from .base import OFTLayer
 from .config import OFTConfig
 from .errors import AdapterError
 from .functional import in_blocks_of
-from .reference import pack
+from .reference import cayley, pack
+from .rotation import spectral_norm
 from .state import get_state, oft_layers
 from .targets import Target
 
@@ -130,7 +131,8 @@ def _block_size(packed: Tensor) -> int:
 def karcher_mean(rotations: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of rotations ``(k, r, b, b)`` in float64, block by block: ``(r, b, b)``.
 
-    ``R ← R exp(Σ wᵢ log(RᵀRᵢ))`` from the entrywise mean, which is near.
+    ``R ← R exp(Σ wᵢ log(RᵀRᵢ))`` from the entrywise mean, which is near; with the Cayley transform in place of the
+    exponential, which differs in third order, stays on the group too, and leaves the fixed point as it is.
 
     Args:
         rotations (torch.Tensor): orthogonal, of determinant 1.
@@ -145,19 +147,16 @@ def karcher_mean(rotations: Tensor, weights: Tensor) -> Tensor:
         _refuse(rotation_angles(first.mT @ second), math.pi - _NEAR_PI, "two of them are half a turn apart")
     mean = nearest_rotation(torch.einsum("k,krij->rij", weights, rotations))
     for _ in range(_MAX_STEPS):
-        logarithms = log_rotation(mean.mT @ rotations)
-        step = torch.einsum("k,krij->rij", weights, logarithms)
-        mean = mean @ exp_skew(step)
+        step = torch.einsum("k,krij->rij", weights, log_rotation(mean.mT @ rotations))
+        mean = mean @ cayley(step / 2)
         length = torch.linalg.matrix_norm(step)
         if length.amax() <= _CONVERGED:
             break
     _refuse(length, _CONVERGED, f"no convergence in {_MAX_STEPS} steps")
+    farthest = torch.stack([rotation_angles(mean.mT @ rotation) for rotation in rotations]).amax(0)
     if len(rotations) > 2:
-        _refuse(
-            rotation_angles(mean.mT @ rotations).amax(0),
-            math.pi / 2,
-            "some are more than a quarter turn from their mean",
-        )
+        _refuse(farthest, math.pi / 2, "some are more than a quarter turn from their mean")
+    _refuse(farthest, math.pi - _NEAR_PI, "no convergence")
     return mean
 
 
@@ -177,30 +176,20 @@ def inverse_cayley(rotations: Tensor) -> Tensor:
 
 
 def log_rotation(rotations: Tensor) -> Tensor:
-    """The principal logarithm of rotations ``(..., b, b)``, skew-symmetric."""
-    angles, vectors = _eigen(rotations)
-    return ((vectors * (-1j * angles[..., None, :])) @ vectors.mH).real
+    """The principal logarithm of rotations ``(..., b, b)``, skew-symmetric; no logarithm of those that turn by π.
 
-
-def exp_skew(generators: Tensor) -> Tensor:
-    """The exponential of skew-symmetric matrices ``(..., b, b)``, to rounding: torch's ``matrix_exp`` errs by 2e-11 at
-    norms of 0.03."""
-    angles, vectors = torch.linalg.eigh(1j * generators)
-    return ((vectors * torch.exp(-1j * angles)[..., None, :]) @ vectors.mH).real
+    ``iQ`` of the inverse Cayley transform is Hermitian, and has the eigenvalue ``tan(θ/2)`` where R has ``e^(−iθ)``.
+    """
+    values, vectors = torch.linalg.eigh(1j * inverse_cayley(rotations).nan_to_num(0, 0, 0))
+    return ((vectors * (-2j * torch.atan(values))[..., None, :]) @ vectors.mH).real
 
 
 def rotation_angles(rotations: Tensor) -> Tensor:
-    """The largest angle, in radians, by which each of ``(..., b, b)`` rotations turns anything."""
-    return _eigen(rotations)[0].abs().amax(-1)
-
-
-def _eigen(rotations: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles θ ``(..., b)`` and unitary eigenvectors: ``iQ`` of the inverse Cayley transform is Hermitian and has the
-    eigenvalues ``tan(θ/2)`` where R has ``e^(−iθ)``."""
+    """The largest angle, in radians and to 0.1%, by which each of ``(r, b, b)`` rotations turns anything: ``(r,)``."""
     Q = inverse_cayley(rotations)
-    singular = ~Q.isfinite().flatten(-2).all(-1)
-    values, vectors = torch.linalg.eigh(1j * torch.where(singular[..., None, None], 0.0, Q))
-    return torch.where(singular[..., None], math.pi, 2 * torch.atan(values)), vectors
+    defined = Q.isfinite().flatten(1).all(1)
+    norms = spectral_norm(torch.where(defined[:, None, None], Q, 0.0))  # tan(θ/2)
+    return torch.where(defined, 2 * torch.atan(norms), math.pi)
 
 
 def _refuse(values: Tensor, limit: float, reason: str) -> None:
