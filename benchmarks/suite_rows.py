@@ -11,13 +11,13 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import models
 import torch
-from measure import Row, in_fresh_process, interleave, memory, timings
-from options import Options
 from torch import Tensor, nn
 
+import models
 import oftv2
+from measure import Row, in_fresh_process, interleave, memory, timings
+from options import Options
 
 ADAPTERS = (1, 8, 64)
 BATCH = 64
