@@ -6,6 +6,7 @@ import contextlib
 import copy
 
 import pytest
+import suite_rows
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import oftv2
 from conftest import assert_close, randomize
+from measure import in_fresh_process
 from oftv2 import AdapterError, OFTConfig, adapters_per_row
 from oftv2.rotation import Rotation
+from options import Options
 
 # Twice one adapter, several of one row, none, and one that most layers lack.
 ROWS = ["math", None, "chat", ["chat", "code"], "code", "math"]
@@ -424,3 +427,15 @@ class TestRefused:
                 with pytest.raises(AdapterError, match=r"row by row: leave adapters_per_row\(model\) first"):
                     change()
         assert oftv2.adapter_names(model) == ["math", "chat", "code"]
+
+
+def test_benchmark_on_tiny_sizes():
+    rows = list(suite_rows.measure(Options(quick=True, rounds=2, only="layer.* 8 adapters")))
+    assert [row["method"] for row in rows] == ["frozen", "one adapter", "rows", "rows, anew", "one by one"] * 2
+    for row in rows:
+        assert row["ms_q1"] <= row["ms"] <= row["ms_q3"]
+        assert row["error"] < 1e-5
+        assert row["generator_bytes"] == 8 * 2 * (32 * 31 // 2) * 4
+        assert row["kept_delta_bytes"] == 8 * 2 * 32 * 32 * 4
+    how = {"device": "cpu", "dtype": "float32", "quick": True}
+    assert in_fresh_process("suite_rows:memory_growth", count=64, **how) > 2**20
