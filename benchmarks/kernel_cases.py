@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oftv2.kernels import cayley, nf4, nf4_matmul, rotate, rotate_matmul
+from oftv2.kernels import cayley, nf4, nf4_matmul, rotate, rotate_matmul, rotate_rows
 
 FEATURES = 4096
 TOKENS = 8192
+ROWS = 64  # of a batch whose rows have adapters of their own
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 TERMS = 4
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -115,6 +116,38 @@ def rotate_cases() -> Iterator[Case]:
     yield Case("rotate backward bf16 b=32 without ∂x", rotate_delta_grad)
 
 
+# -------------------------------------------------------------------------------------------------------- rotate_rows
+
+
+def rows_forward(dtype: torch.dtype, b: int, tokens: int, device: torch.device) -> object:
+    return rotate_rows.rotate_rows(*rows_of_adapters(dtype, b, tokens, device))
+
+
+def rows_delta_grad(dtype: torch.dtype, b: int, device: torch.device) -> object:
+    x, *rest = rows_of_adapters(dtype, b, TOKENS // ROWS, device)
+    return rotate_rows.rotate_rows_delta_grad(x, x, *rest)
+
+
+def rows_of_adapters(dtype: torch.dtype, b: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch, Δ of some adapters, and which of them each row takes."""
+    x = activations(dtype, b, ROWS * tokens, device).unflatten(0, (ROWS, tokens))
+    return x, delta(b, device).expand(8, -1, -1, -1), torch.empty(ROWS, dtype=torch.int64, device=device)
+
+
+def rows_cases() -> Iterator[Case]:
+    for dtype, b in [
+        *((BF16, b) for b in BLOCK_SIZES),
+        *((FP32, b) for b in BLOCK_SIZES),
+        (FP16, 32),
+        (BF16, 24),
+    ]:
+        if rotate.supports(dtype, b):
+            how = f"{SHORT[dtype]} b={b}"
+            yield Case(f"rotate rows forward {how}", partial(rows_forward, dtype, b, TOKENS // ROWS))
+            yield Case(f"rotate rows gradient of Δ {how}", partial(rows_delta_grad, dtype, b))
+    yield Case("rotate rows forward bf16 b=32 one token each", partial(rows_forward, BF16, 32, 1))
+
+
 # ------------------------------------------------------------------------------------------------------ rotate_matmul
 
 
@@ -197,4 +230,4 @@ def nf4_cases() -> Iterator[Case]:
         yield Case(name, partial(matmul_4bit, dtype, b, tokens, double))
 
 
-CASES = [*cayley_cases(), *rotate_cases(), *matmul_cases(), *nf4_cases()]
+CASES = [*cayley_cases(), *rotate_cases(), *rows_cases(), *matmul_cases(), *nf4_cases()]

@@ -52,6 +52,7 @@ SUITES = {
     "decode": "suite_decode:measure",
     "merge": "suite_merge:measure",
     "wrap": "suite_wrap:measure",
+    "rows": "suite_rows:measure",
     "quality": "study:quality",
     "forgetting": "study:forgetting",
 }

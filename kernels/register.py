@@ -16,6 +16,7 @@ from torch import Tensor
 
 from oftv2._ops import DEFAULTS, check_features, check_rotation
 from oftv2._quant_ops import Weight4bit
+from oftv2._row_ops import check_rows
 
 _OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -169,6 +170,24 @@ def _rotate_group_backward(grads: list[Tensor], x: Tensor, deltas: list[Tensor])
 
     grad_x, partials = rotate.rotate_backward(grads, x, deltas, deltas[0].shape[1])
     return grad_x, [part.sum(0).to(delta.dtype) for part, delta in zip(partials, deltas, strict=True)]
+
+
+@_kernel("rotate_rows", when=lambda x, deltas, rows: rotates(x, deltas.shape[-1]) and deltas.shape[0] > 0)
+def _rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
+    from . import rotate_rows
+
+    check_rows(x, deltas, rows)
+    return rotate_rows.rotate_rows(x, deltas, rows)
+
+
+@_kernel(
+    "rotate_rows_delta_grad",
+    when=lambda grad, x, deltas, rows: rotates(x, deltas.shape[-1]) and grad.dtype == x.dtype and deltas.shape[0] > 0,
+)
+def _rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
+    from . import rotate_rows
+
+    return rotate_rows.rotate_rows_delta_grad(grad, x, deltas, rows).sum(0).to(deltas.dtype)
 
 
 def _multiplies(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -26,19 +26,12 @@ from .tiles import (
     on_device,
     rows,
     store_blocks,
+    store_rows,
     tile_columns,
     tile_size,
 )
 
 MAX_GROUP = 3
-
-
-@triton.jit
-def _store(out, value, row, column, inside, T, stride, EVEN: tl.constexpr):
-    mask = (row < T)[:, None]
-    if not EVEN:
-        mask = mask & inside[None, :]
-    tl.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,13 +73,13 @@ def _forward(
         else:
             kept = load_rows(x, row, wanted, exists, T, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
         rotated = kept + tl.dot(tile, delta0, input_precision="tf32x3")
-        _store(out0, rotated, row, wanted, exists, T, columns, EVEN)
+        store_rows(out0, rotated, row, wanted, exists, T, columns, EVEN)
         if GROUP > 1:
             rotated = kept + tl.dot(tile, delta1, input_precision="tf32x3")
-            _store(out1, rotated, row, wanted, exists, T, columns, EVEN)
+            store_rows(out1, rotated, row, wanted, exists, T, columns, EVEN)
         if GROUP > 2:
             rotated = kept + tl.dot(tile, delta2, input_precision="tf32x3")
-            _store(out2, rotated, row, wanted, exists, T, columns, EVEN)
+            store_rows(out2, rotated, row, wanted, exists, T, columns, EVEN)
 
 
 @triton.jit
@@ -154,7 +147,7 @@ def _backward(
             total += grad_part
             sum2 += added
         if WITH_X:
-            _store(grad_x, total, row, wanted, exists, T, columns, EVEN)
+            store_rows(grad_x, total, row, wanted, exists, T, columns, EVEN)
     if WITH_DELTA:
         offset = tl.program_id(1).to(tl.int64) * num_blocks * (B * B)
         store_blocks(partial0 + offset, sum0, first, num_blocks, part, B, TILE, WIDTH)
@@ -202,26 +195,39 @@ def supports(dtype: torch.dtype, block_size: int, *, group: int = 1, terms: int 
     return tile_size(block_size) <= (32 if terms else 64 if wide or group > 1 else 256) and not (wide and group > 1)
 
 
-def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
-    """The launch for ``x`` of ``(T, d)``."""
-    if not supports(x.dtype, block_size, group=group, terms=terms):
-        raise ValueError(f"no kernel rotates {x.dtype} in blocks of {block_size}, group={group}, terms={terms}")
+def tiling(
+    dtype: torch.dtype, tokens: int, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool
+) -> tuple[int, dict[str, int | bool]]:
+    """How many column tiles cover the blocks, and the constants and options of a kernel over ``tokens`` of them."""
+    if not supports(dtype, block_size, group=group, terms=terms):
+        raise ValueError(f"no kernel rotates {dtype} in blocks of {block_size}, group={group}, terms={terms}")
     tile = tile_size(block_size)
-    if x.element_size() == 4:
+    if dtype.itemsize == 4:
         table = _BACKWARD_32_BIT if backward else _FORWARD_32_BIT
     else:
         table = _BACKWARD_16_BIT if backward else _FORWARD_16_BIT
     width, block_t, warps, stages = table[tile]
     if group > 1 and backward:
         width = min(width, 32)  # several sums of ∂Δ stay in registers
-    block_t = min(block_t, max(16, triton.next_power_of_2(x.shape[0])))
-    tiles = triton.cdiv(num_blocks, tile // block_size) * (tile // width)
-    shares = triton.cdiv(multiprocessors(x.device) * _PROGRAMS_PER_MULTIPROCESSOR[tile], tiles)
-    share = triton.cdiv(triton.cdiv(x.shape[0], shares), block_t) * block_t
+    block_t = min(block_t, max(16, triton.next_power_of_2(tokens)))
     even = tile % block_size == 0 and num_blocks % (tile // block_size) == 0
-    constants = {"GROUP": group, "B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "TERMS": terms}
-    options = {"EVEN": even, "num_warps": warps, "num_stages": stages}
-    return Launch((tiles, triton.cdiv(x.shape[0], share)), share, {**constants, **options})
+    constants = {"B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "EVEN": even}
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.cdiv(num_blocks, tile // block_size) * (tile // width), {**constants, **options}
+
+
+def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], device: torch.device) -> int:
+    """How many tokens a program takes, where ``tiles`` programs take the same tokens: enough to keep a device busy."""
+    shares = triton.cdiv(multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
+    return triton.cdiv(triton.cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
+
+
+def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
+    """The launch for ``x`` of ``(T, d)``."""
+    tokens = x.shape[0]
+    tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, terms, group=group, backward=backward)
+    share = share_of(tokens, tiles, constants, x.device)
+    return Launch((tiles, triton.cdiv(tokens, share)), share, {"GROUP": group, "TERMS": terms, **constants})
 
 
 def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -82,6 +82,15 @@ def load_rows(x, row, column, inside, T, stride, EVEN: tl.constexpr):
 
 
 @triton.jit
+def store_rows(out, value, row, column, inside, T, stride, EVEN: tl.constexpr):
+    """Writes to where :func:`load_rows` reads."""
+    mask = (row < T)[:, None]
+    if not EVEN:
+        mask = mask & inside[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_blocks(
     blocks, strides, first_block, num_blocks, first_column, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
 ):

@@ -15,6 +15,7 @@ from .peft_acceleration import accelerate_all_if_asked as _accelerate_all_if_ask
 from .peft_acceleration import accelerate_peft
 from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
+from .rows import adapters_per_row
 from .serialization import hotswap_adapter, load_adapter, save_adapter
 from .wrap import unwrap_model, wrap_model
 
@@ -39,6 +40,7 @@ __all__ = [
     "accelerate_peft",
     "active_adapters",
     "adapter_names",
+    "adapters_per_row",
     "add_adapter",
     "average_adapters",
     "delete_adapter",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import activate, check_sequence
+from .adapters import activate, check_not_by_row, check_sequence
 from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .pretrained import forget_quantization
@@ -153,6 +153,7 @@ def _merge_ready(
     """The adapters to merge and the layers that have any of them; AdapterError where something is in the way."""
     known = model.sequence if isinstance(model, OFTLayer) else get_state(model).sequence
     _require_merged(model, False, "call unmerge first")
+    check_not_by_row(model)
     names = check_sequence(model, known if adapter_names is None else adapter_names)
     layers = {path: layer for path, layer in oft_layers(model) if set(names) & set(layer.rotations)}
     for layer in layers.values():

@@ -73,7 +73,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], *, trainab
             adapters that train the same base parameter in full.
     """
     names = check_sequence(model, adapter_names)
-    check_unmerged(model)
+    check_changeable(model)
     activate(model, names, trainable=trainable)
     return model
 
@@ -104,7 +104,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     """
     state = get_state(model)
     check_known(model, [adapter_name])
-    check_unmerged(model)
+    check_changeable(model)
     if len(state.configs) == 1:
         raise AdapterError(f"{adapter_name!r} is the only adapter of this model: unwrap_model(model) takes it off")
     if adapter_name in state.sequence:
@@ -130,7 +130,7 @@ def check_addable(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError(
             f"there is an adapter {adapter_name!r} in this model already: choose another name, or delete_adapter first"
         )
-    check_unmerged(model)
+    check_changeable(model)
     sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
     if sharded:
         raise AdapterError(f"{sharded[0]} is sharded (FSDP): add adapters before the model is sharded")
@@ -190,3 +190,16 @@ def check_unmerged(model: nn.Module) -> None:
             raise AdapterError(f"{layer.name}: the adapter is merged: call unmerge(model) first")
         if not layer.enabled:
             raise AdapterError(f"{layer.name}: the adapter is disabled: leave disable_adapter(model) first")
+
+
+def check_changeable(model: nn.Module) -> None:
+    """As :func:`check_unmerged`, and where they are in use row by row."""
+    check_unmerged(model)
+    check_not_by_row(model)
+
+
+def check_not_by_row(model: nn.Module) -> None:
+    """Raises AdapterError within ``adapters_per_row``."""
+    for _, layer in oft_layers(model):
+        if layer.rows is not None:
+            raise AdapterError(f"{layer.name}: its adapters are in use row by row: leave adapters_per_row(model) first")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError
 from .rotation import KeptRotation, Rotation, warn_of_divergence
+
+if TYPE_CHECKING:
+    from .rows import LayerRows
 
 DEFAULT_ADAPTER = "default"
 # Reading a norm waits for an accelerator, and takes a CPU 0.1 ms: look at it once in so many training steps.
@@ -41,6 +44,7 @@ class OFTLayer(nn.Module):
             any it is its base layer. :meth:`activate` sets it.
     """
 
+    rows: LayerRows | None = None  # within adapters_per_row
     base_layer: Any  # a module of any class; its attributes are its own affair
 
     def __init__(
@@ -150,8 +154,17 @@ class OFTLayer(nn.Module):
 
     @property
     def rotating(self) -> bool:
-        """Whether a forward pass applies a rotation to the activations: one is active, neither disabled nor merged."""
-        return self.enabled and not self.merged and self.sequence != ()
+        """Whether a forward pass applies one rotation to all activations: active, neither disabled nor merged."""
+        return self.enabled and not self.merged and self.sequence != () and self.rows is None
+
+    @property
+    def current_rows(self) -> LayerRows | None:
+        """What a forward pass goes by row by row, instead of ``sequence``; None where it does not."""
+        return self.rows if self.enabled and not self.merged else None
+
+    def use_rows(self, rows: LayerRows | None) -> None:
+        """Goes by ``rows`` from now on, or again by ``sequence``."""
+        self.rows, self._cache = rows, None
 
     @property
     def weight(self) -> Tensor:
@@ -183,41 +196,47 @@ class OFTLayer(nn.Module):
         Built anew whenever a gradient may flow to the generators or the layer trains: optimizers and engines write
         through ``.data``, which no version counter sees. In eval mode it is kept by the generators' version.
         """
-        generators = self.active_generators()
-        if self._changes(generators):
-            return self._build(generators, dropout=self.training)
-        kept = self._cache
+        return self.kept_or_built(self.sequence, self._build, dtype)
+
+    def kept_or_built(
+        self, names: Sequence[str], build: Callable[..., Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """``build(dropout=…)``, made of the generators of ``names``, or what was kept of it; see :meth:`delta`."""
+        if self._changes(names):
+            return build(dropout=self.training)
+        kept, generators = self._cache, self.generators_of(names)
         if kept is None or not kept.is_of(generators):
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = kept = KeptRotation(generators, self._build(generators))
+                self._cache = kept = KeptRotation(generators, build(dropout=False))
         return kept.delta if dtype is None else kept.cast(dtype)
 
-    def active_generators(self) -> list[Tensor]:
-        """The generators of the active adapters, in their order."""
+    def generators_of(self, adapter_names: Sequence[str]) -> list[Tensor]:
+        """The generators of adapters, in their order."""
         generators = self.generators
-        return [getattr(generators, name) for name in self.sequence]  # as by [name], and quicker
+        return [getattr(generators, name) for name in adapter_names]  # as by [name], and quicker
 
-    def _build(self, generators: Sequence[Tensor], *, dropout: bool = False) -> Tensor:
+    def _build(self, *, dropout: bool = False) -> Tensor:
         deltas = []
-        for name, packed in zip(self.sequence, generators, strict=True):
+        for name in self.sequence:
             rotation = self.rotations[name]
-            delta = rotation.delta(packed)
+            delta = rotation.delta(self.generators[name])
             deltas.append(rotation.dropped(delta) if dropout else delta)
         return F.compose(deltas)
 
     def refresh(self) -> None:
         """Writes a kept Δ anew where it is, after generators got other values: captured CUDA graphs read it there."""
+        if self.rows is not None:
+            self._cache = None
         if self._cache is not None:
-            generators = self.active_generators()
             with torch.inference_mode(False), torch.no_grad():
-                self._cache.rewrite(generators, self._build(generators))
+                self._cache.rewrite(self.generators_of(self.sequence), self._build())
 
-    def _changes(self, generators: Sequence[Tensor]) -> bool:
+    def _changes(self, names: Sequence[str]) -> bool:
         """Whether Δ has to be built anew; drops the cache then."""
         if torch.compiler.is_compiling():
             return True
-        if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
-            self._check_norms(generators)
+        if self.training or (torch.is_grad_enabled() and any(self.generators[name].requires_grad for name in names)):
+            self._check_norms(names)
             self._cache = None
             return True
         return False
@@ -237,21 +256,21 @@ class OFTLayer(nn.Module):
         pass's rotation; None where it is cached, exact, has dropout, or is a product of several."""
         if len(self.sequence) != 1:
             return None
-        rotation, generators = self.rotation, self.active_generators()
+        rotation = self.rotation
         plain = rotation.parametrization == "cayley_neumann" and not (self.training and rotation.dropout)
-        if not (plain and self._changes(generators)):
+        if not (plain and self._changes(self.sequence)):
             return None
-        return rotation.effective(generators[0]).expand(rotation.num_blocks, -1)
+        return rotation.effective(self.generators[self.active]).expand(rotation.num_blocks, -1)
 
-    def _check_norms(self, generators: Sequence[Tensor]) -> None:
+    def _check_norms(self, names: Sequence[str]) -> None:
         """Warns, once, when a series is about to diverge."""
         if self._warned:
             return
         self._norm_checks += 1
         if self._norm_checks % _NORM_CHECK_INTERVAL != 1:
             return
-        for name, packed in zip(self.sequence, generators, strict=True):
-            self._warned |= warn_of_divergence(self.rotations[name], packed, self.name)
+        for name in names:
+            self._warned |= warn_of_divergence(self.rotations[name], self.generators[name], self.name)
 
     # ------------------------------------------------------------------------------------------ merging
 
@@ -279,7 +298,7 @@ class OFTLayer(nn.Module):
         if not self.sequence:
             raise AdapterError(f"{self.name}: no active adapter to merge; this layer has {', '.join(self.rotations)}")
         self.check_generators(self.sequence)
-        delta = self._build(self.active_generators())
+        delta = self._build()
         merged = build(delta)
         self._original = (self.base_layer,) if keep_original else ()
         self._merged_delta = delta
@@ -356,7 +375,7 @@ class OFTLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "rows": None}
 
     def extra_repr(self) -> str:
         described = ", ".join(f"{name}: {self.rotations[name]}" for name in self.sequence) or "no active adapter"

@@ -42,9 +42,15 @@ class OFTConv2d(OFTLayer):
         return rows.view(shape[0] // groups, groups, -1).transpose(0, 1).reshape(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.rotating:
+        if self.rotating:
+            return self._convolve(x, self.delta())
+        rows = self.current_rows
+        return self.base_layer(x) if rows is None else rows.each(self, x, self._convolve)
+
+    def _convolve(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        if delta is None:
             return self.base_layer(x)
-        kernels = self._as_kernels(F.rotate(self._as_rows(self.base_layer.weight), self.delta().mT))
+        kernels = self._as_kernels(F.rotate(self._as_rows(self.base_layer.weight), delta.mT))
         return self.base_layer._conv_forward(x, kernels, self.base_layer.bias)
 
     def merged_base(self, delta: Tensor) -> nn.Module:

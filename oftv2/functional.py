@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _fused_ops, _ops, _quant_ops, _weight_form  # noqa: F401  (they register the operators)
+from . import _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (they register the operators)
 from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
 from .kernels.register import register, rotates, usable
 from .reference import skew
@@ -148,6 +148,21 @@ def rotate_group(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
         list[torch.Tensor]: one ``(..., d)`` for each ``Δ``.
     """
     return torch.ops.oftv2.rotate_group(x, list(deltas))
+
+
+def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
+    """Each row of a batch rotated by its own ``Δ``, or by none: rows of different adapters in one call.
+
+    Args:
+        x (torch.Tensor): ``(B, ..., d)``; it, ``deltas`` and ``rows`` are kept for the backward pass.
+        deltas (torch.Tensor): the ``Δ`` of each adapter, ``(A, r, b, b)`` with ``r · b = d``; see :func:`rotate`.
+        rows (torch.Tensor): ``(B,)``, int32 or int64, on the device of ``x``: for each row which of the ``A`` it takes,
+            all below ``A`` (a GPU does not check that); −1 leaves the row as it is, bit for bit.
+
+    Returns:
+        torch.Tensor: ``(B, ..., d)``. The gradient of ``deltas`` is summed over the rows in a fixed order.
+    """
+    return torch.ops.oftv2.rotate_rows(x, deltas, rows)
 
 
 def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 4) -> Tensor:

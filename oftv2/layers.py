@@ -53,7 +53,10 @@ class OFTLinear(OFTLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.rotating:
-            return self.base_layer(x, *args, **kwargs)
+            rows = self.current_rows
+            if rows is None:
+                return self.base_layer(x, *args, **kwargs)
+            return self.call_base(rows.rotate(self, x), *args, **kwargs)
         form = INPUT if args or kwargs else self.choose_form(x)
         if form != INPUT:
             return self.call_in_form(form, x)
@@ -136,7 +139,10 @@ class OFTEmbedding(OFTLayer):
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vectors = self.base_layer(ids, *args, **kwargs)
-        return self.rotate(vectors) if self.rotating else vectors
+        if self.rotating:
+            return self.rotate(vectors)
+        rows = self.current_rows
+        return vectors if rows is None else rows.rotate(self, vectors)
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         return with_weight(self.base_layer, rotated(self.base_layer.weight.detach(), delta))

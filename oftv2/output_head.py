@@ -30,8 +30,9 @@ class HeadWatch:
 
     def check(self, module: nn.Module, args: Any, output: Any) -> None:
         head = self.head
-        trains = head.rotating and module.training and torch.is_grad_enabled()
-        if trains and not self.called and any(packed.requires_grad for packed in head.active_generators()):
+        rotating = head.rotating or head.current_rows is not None
+        trains = rotating and module.training and torch.is_grad_enabled() and not self.called
+        if trains and any(packed.requires_grad for packed in head.generators.values()):
             raise AdapterError(
                 f"{head.name}: this training step reads the output head's weight itself instead of calling the head, "
                 "as TRL's trainers and fused losses do, so its adapter would never train. Leave it out with "

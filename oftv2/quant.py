@@ -49,7 +49,8 @@ class QuantOFTLinear(OFTLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.dim() in (2, 3):  # LLM.int8 takes no others
             return super().forward(x, *args, **kwargs)
-        y = super().forward(x.reshape(-1, x.shape[-1]), *args, **kwargs)
+        flat = x.flatten(1, -2) if x.dim() > 3 else x.reshape(-1, x.shape[-1])  # rows stay rows
+        y = super().forward(flat, *args, **kwargs)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -79,14 +79,32 @@ class Rotation:
 
     def delta(self, generators: Tensor) -> Tensor:
         """``Δ = R − I`` of ``(r, b, b)``, without dropout; a shared block is expanded, not copied."""
-        packed = self.effective(generators)
+        return self._expanded(self._transformed(self.effective(generators)))
+
+    def _transformed(self, packed: Tensor) -> Tensor:
+        """``Δ`` of effective generators ``(r, b(b−1)/2)``, whatever ``r`` is."""
         if self.parametrization == "cayley":
-            delta = F.cayley(packed, self.block_size)
-        elif self.parametrization == "neumann":
-            delta = F.neumann(packed, self.block_size, self.terms)
-        else:
-            delta = F.cayley_neumann(packed, self.block_size, self.terms)
+            return F.cayley(packed, self.block_size)
+        if self.parametrization == "neumann":
+            return F.neumann(packed, self.block_size, self.terms)
+        return F.cayley_neumann(packed, self.block_size, self.terms)
+
+    def _expanded(self, delta: Tensor) -> Tensor:
         return delta.expand(self.num_blocks, -1, -1) if self.block_share else delta
+
+    @staticmethod
+    def deltas(rotations: Sequence[Rotation], generators: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`delta` of several adapters, those that are made in the same way in one pass (on a GPU, one launch)."""
+        alike: dict[tuple[str, int, int], list[int]] = {}
+        for i, rotation in enumerate(rotations):
+            alike.setdefault((rotation.parametrization, rotation.block_size, rotation.terms), []).append(i)
+        found: dict[int, Tensor] = {}
+        for places in alike.values():
+            packed = [rotations[i].effective(generators[i]) for i in places]
+            together = rotations[places[0]]._transformed(torch.cat(packed))
+            parts = together.split([len(own) for own in packed])
+            found |= {i: rotations[i]._expanded(part) for i, part in zip(places, parts, strict=True)}
+        return [found[i] for i in range(len(rotations))]
 
     def dropped(self, delta: Tensor) -> Tensor:
         """``Δ`` of a training step: blocks are the identity with the probability ``dropout``."""
