@@ -112,7 +112,7 @@ def _reason(layer: OFTLinear, form: str, gradient: bool) -> str:
 
 
 def _device(layer: OFTLinear) -> torch.device:
-    return layer.active_generators()[0].device
+    return layer.generators_of(layer.sequence)[0].device
 
 
 def _weight(layer: OFTLinear) -> torch.Tensor | None:

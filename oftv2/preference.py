@@ -44,7 +44,7 @@ class ReferenceModel(nn.Module):
             for adapter in state.sequence
             for name, parameter in trained_parameters(policy, adapter).items()
         }
-        generators = [packed for _, layer in oft_layers(policy) for packed in layer.active_generators()]
+        generators = [packed for _, layer in oft_layers(policy) for packed in layer.generators_of(layer.sequence)]
         fresh = not any(generator.any() for generator in generators)
         fresh = fresh and all(value.equal(parameter.to(value)) for parameter, value in originals.items())
         trained = [] if fresh else [*generators, *originals]
