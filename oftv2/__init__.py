@@ -11,12 +11,13 @@ from .errors import AdapterError, PeftFormatWarning, PeftRepairWarning, Requanti
 from .explain import Explanation, explain
 from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
+from .loading import hotswap_adapter, load_adapter
 from .peft_acceleration import accelerate_all_if_asked as _accelerate_all_if_asked
 from .peft_acceleration import accelerate_peft
 from .preference import ReferenceModel, reference_model
 from .quant import QuantOFTLinear
 from .rows import adapters_per_row
-from .serialization import hotswap_adapter, load_adapter, save_adapter
+from .saving import save_adapter
 from .wrap import unwrap_model, wrap_model
 
 __version__ = "0.1.0"

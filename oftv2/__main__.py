@@ -18,9 +18,10 @@ from .checkpoint_merge import merge_checkpoint
 from .conversion import LayerConversion, save_as_lora
 from .errors import AdapterError
 from .inspection import inspect_adapter
+from .loading import load_adapter
 from .peft_acceleration import VARIABLE, accelerate_all_if_asked
 from .reading import read_adapter
-from .serialization import load_adapter, rewrite_adapter, save_adapter
+from .saving import rewrite_adapter, save_adapter
 
 _MAX_LAYERS = 12
 DTYPES = ("float32", "bfloat16", "float16")

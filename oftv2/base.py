@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError
+from .merging import MergeableLayer, placement
 from .rotation import KeptRotation, Rotation, warn_of_divergence
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ DEFAULT_ADAPTER = "default"
 _NORM_CHECK_INTERVAL = 64
 
 
-class OFTLayer(nn.Module):
+class OFTLayer(MergeableLayer):
     """A frozen base layer and the orthogonal adapters on it.
 
     With several active adapters, activations go through them in the order of ``sequence``: ``x̂ = ((x R_a) R_b) …``.
@@ -102,7 +103,7 @@ class OFTLayer(nn.Module):
         return Rotation.resolve(config, features, self.name, groups=groups, block_size=block_size)
 
     def _put(self, adapter_name: str, rotation: Rotation, init: str) -> None:
-        device, wide = _placement(self.base_layer)
+        device, wide = placement(self.base_layer)
         generators = torch.zeros(rotation.shape, device=device, dtype=torch.float64 if wide else torch.float32)
         self.generators[adapter_name] = nn.Parameter(generators, requires_grad=False)
         self.rotations[adapter_name], self.inits[adapter_name] = rotation, init
@@ -272,82 +273,6 @@ class OFTLayer(nn.Module):
         for name in names:
             self._warned |= warn_of_divergence(self.rotations[name], self.generators[name], self.name)
 
-    # ------------------------------------------------------------------------------------------ merging
-
-    def merged_base(self, delta: Tensor) -> nn.Module:
-        """A base layer that does on its own what the rotation by ``I + Δ`` and the present one do together."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
-
-    @torch.no_grad()
-    def merge(self, *, keep_original: bool = False) -> None:
-        """Folds the active adapters into the base layer's weight, in float32 (or wider) and block by block.
-
-        ``W′ = W · (R_a R_b …)ᵀ = W · … R_bᵀ R_aᵀ``, the very function that the forward pass computes.
-
-        Args:
-            keep_original (bool): keep the original weight, so that :meth:`unmerge` restores it bit for bit.
-
-        Raises:
-            AdapterError: already merged, no adapter active, or generators that are not finite.
-        """
-        self._merge(self.merged_base, keep_original)
-
-    def _merge(self, build: Callable[[Tensor], nn.Module], keep_original: bool) -> None:
-        if self.merged:
-            raise AdapterError(f"{self.name}: already merged; call unmerge first")
-        if not self.sequence:
-            raise AdapterError(f"{self.name}: no active adapter to merge; this layer has {', '.join(self.rotations)}")
-        self.check_generators(self.sequence)
-        delta = self._build()
-        merged = build(delta)
-        self._original = (self.base_layer,) if keep_original else ()
-        self._merged_delta = delta
-        self.base_layer = merged
-        self.merged = True
-        self._cache = None
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes what was merged out of the weight again: the kept original, or else by the inverse of what was merged.
-
-        Raises:
-            AdapterError: not merged.
-        """
-        if not self.merged:
-            raise AdapterError(f"{self.name}: not merged")
-        if self._original:
-            (original,) = self._original
-            self.base_layer = original.to(_placement(self.base_layer)[0])
-        else:
-            assert self._merged_delta is not None
-            delta = self._merged_delta.double().cpu()  # not every device has float64
-            identity = torch.eye(delta.shape[-1], dtype=delta.dtype)
-            inverse = torch.linalg.inv(identity + delta) - identity
-            self.base_layer = self.merged_base(inverse.to(self._merged_delta))
-        self._original, self._merged_delta, self.merged, self._cache = (), None, False, None
-
-    def release_base(self) -> nn.Module:
-        """The base layer, to stand on its own again."""
-        return self.base_layer
-
-    def check_generators(self, adapter_names: Sequence[str]) -> None:
-        """Raises AdapterError where generators hold NaN or Inf, or are only a shard of themselves.
-
-        Args:
-            adapter_names (Sequence[str]): of which adapters; those that this layer does not have are passed over.
-        """
-        for name in adapter_names:
-            if name not in self.rotations:
-                continue
-            generators = self.generators[name]
-            if hasattr(generators, "full_tensor"):
-                raise AdapterError(
-                    f"{self.name}: the generators are sharded (FSDP); call unshard() on the sharded modules first, or "
-                    "load the adapter into a model that is not sharded"
-                )
-            if not generators.isfinite().all():
-                raise AdapterError(f"{self.name}: the generators of {name!r} hold NaN or Inf")
-
     # ------------------------------------------------------------------------------------------ module plumbing
 
     def train(self, mode: bool = True) -> OFTLayer:
@@ -383,13 +308,3 @@ class OFTLayer(nn.Module):
             described = str(self.rotation)
         state = "merged" if self.merged else "" if self.enabled else "disabled"
         return f"{described}{state and ', ' + state}"
-
-
-def _placement(base_layer: nn.Module) -> tuple[torch.device, bool]:
-    """Where generators go, and whether in float64: beside the base weight, or where a dispatched base computes."""
-    parameters = [*base_layer.parameters(), *base_layer.buffers()]
-    device = parameters[0].device if parameters else torch.device("cpu")
-    elsewhere = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
-    if device.type == "meta" and elsewhere is not None:
-        device = torch.device(elsewhere)
-    return device, any(parameter.dtype == torch.float64 for parameter in parameters)

@@ -28,7 +28,7 @@ def push_adapter(model: nn.Module, repo_id: str, *, revision: str | None = None,
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
-    from .serialization import save_adapter  # which imports wrap, which imports pretrained, which imports this
+    from .saving import save_adapter  # which imports wrap, which imports pretrained, which imports this
 
     with tempfile.TemporaryDirectory() as folder:
         try:

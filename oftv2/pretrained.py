@@ -50,7 +50,7 @@ class WrappedPreTrainedModel:
         Raises:
             AdapterError: see :func:`oftv2.save_adapter`.
         """
-        from .serialization import save_adapter  # which imports wrap, which imports this
+        from .saving import save_adapter  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
         if not is_main_process:

@@ -1,169 +1,27 @@
-"""Saving adapters and loading them: safetensors, atomic, and checked whole before a model is touched."""
+"""Loading adapters: checked whole before a model is touched."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from .adapter_file import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    GENERATORS,
-    PREFIX,
-    TENSORS_FILE,
     AdapterFile,
-    write_atomically,
 )
-from .adapters import check_addable, check_unmerged, put
+from .adapters import check_addable, put
 from .base import DEFAULT_ADAPTER
-from .base_check import compare_base, describe_base
-from .config import OFTConfig
+from .base_check import compare_base
 from .errors import AdapterError, PeftFormatWarning
-from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, listed, refuse, without_copies
+from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, refuse, without_copies
 from .gradient_check import check_gradients
-from .model_card import write_card
-from .peft_format import peft_layout
 from .reading import read_adapter
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
 from .trained import base_values
 from .wrap import check_model, install
-
-_MAX_LISTED = 12
-
-
-def save_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    adapter_name: str | None = None,
-    format: str | None = None,
-) -> Path:
-    """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``, which is made if needed, and a
-    model card beside them, unless there is one that was edited.
-
-    By default in PEFT's layout, so that ``PeftModel.from_pretrained(base, folder)`` computes the same (PEFT 0.18 and
-    up). What PEFT cannot express is written in this library's own layout instead, with a warning that names it: by the
-    time of saving, an error would cost a finished training.
-
-    The safetensors file holds everything that :func:`load_adapter` needs, and replaces an older one in a single step:
-    whoever stops the program at any moment finds the old adapter or the new one. The JSON beside it is for PEFT, or for
-    people.
-
-    Args:
-        model (nn.Module): a wrapped model.
-        folder (str | os.PathLike): where to.
-        adapter_name (str | None): which adapter, active or not; the active one by default.
-        format (str | None): ``"peft"`` or ``"oftv2"``, no other; ``None`` takes the first that can hold the adapter.
-
-    Returns:
-        Path: the folder.
-
-    Raises:
-        AdapterError: not wrapped, merged, disabled, sharded, or several adapters active and none named; an adapter with
-            NaN or Inf, which is not written over a good one; ``format="peft"`` and one that PEFT cannot express.
-    """
-    if format not in (None, "peft", "oftv2"):
-        raise AdapterError(f'format={format!r} is not allowed: use "peft", "oftv2" or None')
-    state = get_state(model)
-    name = adapter_name or state.active
-    check_known(model, [name])
-    check_unmerged(model)
-    layers, trained = layers_of(model, name), trained_parameters(model, name)
-    tensors = {PREFIX + path + GENERATORS: layer.generators[name] for path, layer in layers.items()}
-    tensors |= {PREFIX + path: parameter for path, parameter in trained.items()}
-    sharded = [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]
-    if sharded:
-        raise AdapterError(f"not saved: sharded (FSDP) are {listed(sharded)}; call unshard() on those modules first")
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise AdapterError(f"not saved: NaN or Inf in {listed(bad)}")
-    description, layout = None, "oftv2"
-    if format != "oftv2" and (found := _in_peft_layout(model, name, refuse=format == "peft")) is not None:
-        description, tensors, layout = *found, "peft"
-    sizes = {path: layer.rotations[name].block_size for path, layer in layers.items()}
-    with base_values(model):
-        base = describe_base(model, {path: layer.base_layer for path, layer in layers.items()})
-    return _write(folder, tensors, _manifest(state.configs[name], sizes, tuple(trained), base, layout), description)
-
-
-def rewrite_adapter(adapter: AdapterFile, folder: str | os.PathLike[str]) -> Path:
-    """Writes an adapter that was read from disk in this library's own format, without its model.
-
-    Raises:
-        AdapterError: an adapter whose meaning depends on the model: layers by another program's names, or parameters
-            that PEFT saved, which may be trained or not.
-    """
-    if adapter.origin != "oftv2" and (adapter.origin != "PEFT" or adapter.trained):
-        what = "parameters beside its rotations" if adapter.trained else "layers by names of its own"
-        raise AdapterError(f"this adapter of {adapter.origin} has {what}: give the base model with --base")
-    refuse("not written", check_tensors(adapter))
-    base = {field: adapter.base[field] for field in ("class", "name_or_path", "sketches")}
-    manifest = _manifest(adapter.config, adapter.block_sizes, adapter.trained, base, "oftv2")
-    for note in adapter.notes:
-        warnings.warn(note, PeftFormatWarning, stacklevel=2)
-    return _write(folder, adapter.tensors, manifest, None)
-
-
-def _manifest(
-    config: OFTConfig, block_sizes: dict[str, int], trained: tuple[str, ...], base: dict[str, Any], layout: str
-) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "library": "oftv2",
-        "layout": layout,
-        "config": config.to_dict(),
-        "block_sizes": block_sizes,
-        "trained_parameters": list(trained),
-        "base": base,
-    }
-
-
-def _write(
-    folder: str | os.PathLike[str],
-    tensors: dict[str, torch.Tensor],
-    manifest: dict[str, Any],
-    description: dict[str, Any] | None,
-) -> Path:
-    data = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
-        metadata={"format": "pt", "oftv2": json.dumps(manifest)},
-    )
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise AdapterError(f"{folder} is a file: give the folder that the adapter is to be saved in")
-    target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / TENSORS_FILE, data)
-    write_atomically(target / CONFIG_FILE, (json.dumps(description or manifest, indent=2) + "\n").encode())
-    write_card(target, manifest)
-    return target
-
-
-def _in_peft_layout(
-    model: nn.Module, name: str, *, refuse: bool
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """PEFT's description and tensors; None, with a warning, where it cannot express the adapter."""
-    found = peft_layout(model, name)
-    if not found.problems:
-        return found.config, found.tensors
-    why = "\n  ".join(found.problems[:_MAX_LISTED])
-    more = f"\n  … and {len(found.problems) - _MAX_LISTED} more" if len(found.problems) > _MAX_LISTED else ""
-    if refuse:
-        raise AdapterError(f'not saved: PEFT cannot express this adapter; use format="oftv2".\n  {why}{more}')
-    warnings.warn(
-        f'saved in the format "oftv2", which PEFT cannot read, for PEFT cannot express this adapter:\n  {why}{more}\n'
-        'format="oftv2" says that this is meant; `python -m oftv2 convert` makes a LoRA of it',
-        PeftFormatWarning,
-        stacklevel=3,
-    )
-    return None
 
 
 def load_adapter(
