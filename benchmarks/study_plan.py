@@ -74,8 +74,8 @@ def best_lr(rows: Iterable[Row], run: Run) -> float | None:
     tried = {
         row["lr"]: row["validation"]["loss"] if not row["diverged"] else float("inf")
         for row in rows
-        if (row["study"], row["task"], row["method"], row["seed"], row["steps"])
-        == ("quality", run.task, run.method.name, SEEDS[0], run.steps)
+        if (row["study"], row["task"], row["method"]) == ("quality", run.task, run.method.name)
+        and (row["seed"], row["steps"]) == (SEEDS[0], run.steps)
     }
     grid = LEARNING_RATES[run.method.kind]
     return min(grid, key=tried.__getitem__) if set(grid) <= set(tried) else None
