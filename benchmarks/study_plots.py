@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from study_plan import CORE, SIZES, TASKS
-from study_report import BASES, NAMES, Results, load, loss, prose
+from study_report import BASES, NAMES, Results, loss, prose
+from study_results import read
 from study_stats import interval
 
 COLOURS = {"oft": "#0b6e99", "lora": "#d9730d", "dora": "#b08968", "full": "#6940a5"}
@@ -19,7 +20,7 @@ MARKERS = {"float32": "o", "nf4": "s"}
 
 def study_plots(path: Path, out: Path) -> None:
     """Draws accuracy over trainable parameters, forgetting over loss, Neumann terms and learning rates, as one PNG."""
-    results = Results(load(path))
+    results = Results(read(path))
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     size, forgetting, terms, rates = panels.flat
     for kind, colour in COLOURS.items():

@@ -7,23 +7,17 @@ python benchmarks/study_report.py --plot runs/study.png     # draws the plots as
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 from study_plan import CORE, LEARNING_RATES, LORA, OFT, SEEDS, SIZES, TASKS, Method, Row, Run, best_lr, plan
+from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
 
-RESULTS = Path(__file__).parent / "results" / "study-cpu.jsonl"
 CORPUS = "shakespeare"
 NAMES = {"oft": "OFT b = ", "lora": "LoRA r = ", "dora": "DoRA r = ", "full": "all weights", "base": "base"}
 BASES = {"float32": "", "nf4": ", NF4", "bfloat16": ", bf16"}
-
-
-def load(path: Path) -> list[Row]:
-    """The rows of a results file; a cut-off last line is left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
 
 
 def label(method: Method) -> str:
@@ -219,7 +213,7 @@ def verdicts(results: Results) -> list[str]:
 
 def study_tables(path: Path) -> str:
     """All tables as Markdown, with how much of the study is done."""
-    results = Results(load(path))
+    results = Results(read(path))
     runs = plan(results.rows)
     done = {row["key"] for row in results.rows}
     trained = [row for row in results.rows if row["study"] != "base"]
