@@ -119,11 +119,8 @@ def sweep_table(results: Results) -> str:
         for method in (*CORE, *SIZES):
             found = {row["lr"]: loss(row) for row in results.of("quality", task, method) if row["seed"] == SEEDS[0]}
             if found:
-                cells = (
-                    f"{lr:g}: {found[lr]:.3f}" if lr in found else "–" for lr in sorted(LEARNING_RATES[method.kind])
-                )
-                lines.append([task, label(method), *cells])
-    return markdown(["task", "method", "lowest lr: loss", "middle", "highest"], lines)
+                lines.append([task, label(method), ", ".join(f"{lr:g}: {found[lr]:.3f}" for lr in sorted(found))])
+    return markdown(["task", "method", "learning rate: loss"], lines)
 
 
 NF4_OFT, NF4_LORA = CORE[2], CORE[3]
