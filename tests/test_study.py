@@ -83,7 +83,7 @@ def test_best_learning_rate_is_the_validation_loss_s() -> None:
         rows.append(row(lr=lr, loss=loss))
         rows.append(row(LORA, lr=lr, loss=0.01))  # another method's
         rows.append(row(lr=lr, seed=1, loss=0.02 if count == 0 else 1))  # another seed's
-    middle, best, second = LEARNING_RATES["oft"]
+    _, best, second = LEARNING_RATES["oft"]
     assert best_lr(rows, wanted) == best
     diverged = [r | {"diverged": True} if r.get("lr") == best else r for r in rows]
     assert best_lr(diverged, wanted) == second
