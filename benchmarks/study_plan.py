@@ -121,9 +121,10 @@ def plan(rows: list[Row]) -> list[Run]:
     """Every run of the study in order; what depends on a sweep that ``rows`` do not hold has no learning rate yet."""
     first, *others = TASKS
     runs = list(compare(rows, first, CORE))
-    runs += compare(rows, first, SIZES)
     runs += neumann(first, LEARNING_RATES["oft"][1])
-    for task in others:
+    runs += compare(rows, others[0], CORE)
+    runs += compare(rows, first, SIZES)
+    for task in others[1:]:
         runs += compare(rows, task, CORE)
     runs += scaling(first)
     runs += stability(first)
