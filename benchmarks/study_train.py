@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from study_plan import Method, Row, Run
-from study_tasks import OTHER, SETTINGS, Task, load_task, score  # puts examples/ on the path
+from study_tasks import OTHER, OTHERS, Task, load_task, score  # puts examples/ on the path
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,7 +65,7 @@ class Study:
         task = self.task(trained_on)
         with torch.inference_mode():
             prose = perplexity(model, self.prompts)
-        others = (self.task(name) for name in SETTINGS if name != trained_on)
+        others = (self.task(name) for name in OTHERS if name != trained_on)
         return {
             "validation": score(model, task.batches, task.validation),
             "test": score(model, task.batches, task.test),

@@ -263,7 +263,7 @@ def test_report_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     assert "| OFT b = 32 | 0.03 M | 0.001 (edge) | 81.1 ± 2.0 | 0.210 ± 0.025 |" in report
     assert "| OFT b = 32 − LoRA r = 16 | sums | 3 |" in report
     assert "-0.200 ± 0.000" in report
-    assert "at half the parameters: sums yes (not run: backward, bits, equations, shakespeare)" in report
+    assert "at half the parameters: sums yes (not run: reversal, sorting, differences, shakespeare)" in report
     assert "QOFT at least as good as QLoRA: nothing yet" in report
     study_plots(path, tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
