@@ -25,15 +25,12 @@ from typing import Any
 
 import torch
 import transformers
+from study_examples import DataError, ModelError, default_cache, environment, smollm2_folder
 from study_plan import TASKS, Row, Run, plan
 from study_results import RESULTS, append, claim, read
 from study_tasks import CorpusError
 from study_train import Study
 from tqdm import tqdm
-
-from _data import DataError  # study_tasks puts examples/ on the path
-from _model import ModelError, default_cache, smollm2_folder
-from _report import environment
 
 
 def provenance(device: torch.device) -> Row:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import random
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from study_examples import IGNORE, TASK_CONFIG, Example, Prompts, generate, split
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from _data import IGNORE, TASK_CONFIG, Example, Prompts, generate, split
 
 VALIDATION, TEST, OTHER = 32, 64, 8  # held-out items: to choose learning rates, to report, of tasks not trained on
 QUESTIONS = 2000  # to train on; the same for every seed, in another order

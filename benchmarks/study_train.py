@@ -10,17 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from study_examples import Full, LoRA, Prompts, Training, load_base, load_tokenizer, perplexity, train
 from study_plan import Method, Row, Run
-from study_tasks import OTHER, OTHERS, Task, load_task, score  # puts examples/ on the path
+from study_tasks import OTHER, OTHERS, Task, load_task, score
 from torch import nn
 from transformers import PreTrainedModel
 
 import oftv2
-from _data import Prompts
-from _evaluate import perplexity
-from _methods import Full, LoRA
-from _model import load_base, load_tokenizer
-from _train import Training, train
 from oftv2.diagnostics import summary
 
 

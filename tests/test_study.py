@@ -14,6 +14,7 @@ import study
 import study_results
 import study_tasks
 import torch
+from study_examples import Example, Prompts, accuracy, replies, train
 from study_plan import CORE, LEARNING_RATES, LORA, OFT, SEEDS, SIZES, TASKS, Method, Run, best_lr, compare, plan
 from study_plots import study_plots
 from study_report import study_tables
@@ -22,9 +23,6 @@ from study_tasks import CorpusError, Passages, load_task, score
 from study_train import Study, attach
 from transformers import LlamaForCausalLM
 
-from _data import Example, Prompts  # examples/ is on the path since study_tasks was imported
-from _evaluate import accuracy, replies
-from _train import train
 from byte_tokenizer import byte_tokenizer
 
 
