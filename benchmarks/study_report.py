@@ -32,11 +32,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def show(value: Interval | None, form: str, scale: float = 1.0) -> str:
-    """``mean ± half width``, or the value alone with a mark where there is one seed."""
+    """``mean ± half width``, or the value alone where there is one seed."""
     if value is None:
         return "–"
     text = format(scale * value.mean, form)
-    return f"{text} (1 seed)" if math.isnan(value.half) else f"{text} ± {format(scale * value.half, form.lstrip('+'))}"
+    return text if math.isnan(value.half) else f"{text} ± {format(scale * value.half, form.lstrip('+'))}"
 
 
 def accuracy(row: Row) -> float:
@@ -87,14 +87,24 @@ class Results:
 def task_table(results: Results, task: str) -> str:
     """What each method gave on one task at its best learning rate."""
     name, figure, form, scale = quality(task)
-    head = ["", "trainable", "learning rate", name, "loss of the answers", "perplexity of prose", "loss, other tasks"]
+    head = [
+        "",
+        "trainable",
+        "learning rate",
+        "seeds",
+        name,
+        "loss of the answers",
+        "perplexity of prose",
+        "loss, other tasks",
+    ]
+    head.append("CPU s a step (shared machine)")
     if task == CORPUS:
-        head[4] = "loss"
+        head[5] = "loss"
     lines = []
     for base in ("float32", "nf4"):
         if (row := results.base(task, base)) is not None:
             values = [format(scale * figure(row), form), f"{loss(row):.3f}", f"{prose(row):.1f}", f"{others(row):.2f}"]
-            lines.append([f"base{BASES[base]}", "0", "", *values])
+            lines.append([f"base{BASES[base]}", "0", "", "", *values, ""])
     for method in (*CORE, *SIZES):
         rows = results.best(task, method)
         if not rows:
@@ -106,7 +116,9 @@ def task_table(results: Results, task: str) -> str:
                 label(method),
                 f"{rows[0]['trainable'] / 1e6:.2f} M",
                 f"{lr:g}" + (" (edge)" if lr in (min(grid), max(grid)) else ""),
+                str(len(rows)),
                 *(show(interval([f(row) for row in rows]), form, scale) for f, form, scale in figures),
+                f"{sum(row['cpu_seconds'] / row['steps'] for row in rows) / len(rows):.2f}",
             ]
         )
     return markdown(head, lines)

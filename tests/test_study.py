@@ -258,7 +258,7 @@ def test_report_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     report = study_tables(path)
     assert f"12 of {len(plan([]))} planned runs are done; 1 diverged" in report
     # the means of 0.2, 0.21, 0.22 and t(2) · 0.01 / √3
-    assert "| OFT b = 32 | 0.03 M | 0.001 (edge) | 81.1 ± 2.0 | 0.210 ± 0.025 |" in report
+    assert "| OFT b = 32 | 0.03 M | 0.001 (edge) | 3 | 81.1 ± 2.0 | 0.210 ± 0.025 |" in report
     assert "| OFT b = 32 − LoRA r = 16 | sums | 3 |" in report
     assert "-0.200 ± 0.000" in report
     assert "at half the parameters: sums yes (not run: reversal, sorting, differences, shakespeare)" in report
