@@ -17,14 +17,14 @@ from torch import Tensor, nn
 import models
 import oftv2
 from measure import Row, in_fresh_process, interleave, memory, timings
+from model_sizes import Size
 from options import Options
 
 ADAPTERS = (1, 8, 64)
 BATCH = 64
 BASE, ONE, ROWS, ANEW, APART = "frozen", "one adapter", "rows", "rows, anew", "one by one"
 RATIOS = {"over_frozen": BASE, "over_one_adapter": ONE, "over_one_by_one": APART}
-# hidden size, feed-forward size, layers, heads, heads of k and v, vocabulary
-SMALL, LARGE, TINY = (256, 640, 4, 4, 4, 512), (4096, 14336, 4, 32, 8, 512), (32, 64, 1, 2, 2, 128)
+SMALL, LARGE, TINY = Size(256, 640, 4, 4, 4, 512), Size(4096, 14336, 4, 32, 8, 512), Size(32, 64, 1, 2, 2, 128)
 
 
 class Case(NamedTuple):
@@ -58,8 +58,8 @@ def case(kind: str, options: Options) -> Case:
     if kind == "model":
         size = TINY if options.quick else LARGE if on_gpu else SMALL
         ids = torch.randint(3, 128, (BATCH, 16), device=options.device)
-        model = models.random_llama(size, options.device, options.dtype).eval()
-        return Case(f"Llama of {size[2]} x {size[0]}", 16, model, ids, lambda model, ids: model(ids).logits)
+        model = models.random_model(size, options.device, options.dtype).eval()
+        return Case(f"Llama of {size.layers} x {size.hidden}", 16, model, ids, lambda model, ids: model(ids).logits)
     side, tokens = 64 if options.quick else 4096 if on_gpu else 1024, 1 if kind.endswith("token") else 16
     place = {"device": options.device, "dtype": options.dtype}
     model = nn.ModuleDict({"linear": nn.Linear(side, side, **place)}).eval()

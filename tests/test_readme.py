@@ -35,7 +35,7 @@ def offline(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_python_blocks(offline, capsys):
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 8
     rows = torch.arange(40).view(4, 10) % 128
     names = {
         "batches": [rows[:2], rows[2:]],
