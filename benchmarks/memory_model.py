@@ -145,15 +145,19 @@ def _adapters_kept(step: Step) -> int:
 
 
 def _delta_kept(step: Step) -> int:
-    """Rotations that operators keep: all but those that a kernel makes on the way (input form on a GPU)."""
-    kept = step.size.projections.values() if step.device == "cpu" else _in_weight_form(step)
-    return sum(d * step.block_size * 4 for d, _ in kept)
+    """Rotations that operators keep: those of the input form on a CPU; others are made anew from the generators."""
+    if step.device != "cpu":
+        return 0
+    weight_form = _in_weight_form(step)
+    return sum(d * step.block_size * 4 for d, n in step.size.projections.values() if (d, n) not in weight_form)
 
 
 def _in_weight_form(step: Step) -> list[tuple[int, int]]:
     """The projections that rotate their weight rather than their input, by the library's own cost model."""
     from oftv2.cost_model import CPU, GPUS, INPUT, WEIGHT, Problem, cheapest
 
+    if step.device == "cpu" and step.base.startswith("nf4"):
+        return []  # there it is a kernel's
     on = CPU if step.device == "cpu" else next(gpu for gpu in GPUS if gpu.name == "H100")
     found = []
     for d, n in step.size.projections.values():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import check_rotation, default
+from ._ops import check_features, check_rotation, default
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor code, Tensor[] nested, int[] shape, int blocksize, int blocksize2"
 
@@ -20,6 +20,10 @@ torch.library.define("oftv2::dequantize_rotate_4bit", f"(Tensor delta, {_WEIGHT}
 torch.library.define("oftv2::weight_form_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
 torch.library.define(
     "oftv2::weight_form_4bit_backward", f"(Tensor grad, Tensor x, Tensor delta, {_WEIGHT}) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "oftv2::neumann_weight_form_4bit",
+    f"(Tensor x, Tensor generators, Tensor? bias, {_WEIGHT}, int block_size, int terms) -> Tensor",
 )
 torch.library.define("oftv2::rotate_matmul_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
 
@@ -105,3 +109,35 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("oftv2::weight_form_4bit", _gradients, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------- from the generators
+
+
+@default("neumann_weight_form_4bit")
+def _neumann_weight_form(x: Tensor, generators: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    *weight, block_size, terms = arguments
+    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
+    return torch.ops.oftv2.weight_form_4bit(x, delta, bias, *weight)
+
+
+def _fake_neumann_weight_form(x: Tensor, generators: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    *weight, block_size, _ = arguments
+    check_features(x, generators.shape[0], block_size)
+    return x.new_empty(*x.shape[:-1], Weight4bit(*weight).shape[0])
+
+
+torch.library.register_fake("oftv2::neumann_weight_form_4bit")(_fake_neumann_weight_form)
+
+
+def _neumann_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, generators, packed, absmax, code, *nested = ctx.saved_tensors
+    *rest, block_size, terms = ctx.rest
+    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
+    weight = (packed, absmax, code, nested, *rest)
+    grad_x, grad_delta = torch.ops.oftv2.weight_form_4bit_backward(grad, x, delta, *weight)
+    grad_generators = torch.ops.oftv2.cayley_neumann_backward(grad_delta, generators, block_size, terms)
+    return grad_x, grad_generators, None, None, None, None, [None] * len(nested), None, None, None, None, None
+
+
+torch.library.register_autograd("oftv2::neumann_weight_form_4bit", _neumann_gradients, setup_context=_save)

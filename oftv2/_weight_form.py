@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, check_rotation, default, identity
+from ._ops import add_identity, check_features, check_rotation, default, identity
 
 torch.library.define("oftv2::weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define(
     "oftv2::weight_form_backward", "(Tensor grad, Tensor x, Tensor delta, Tensor weight) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "oftv2::neumann_weight_form",
+    "(Tensor x, Tensor generators, Tensor weight, Tensor? bias, int block_size, int terms) -> Tensor",
 )
 torch.library.define("oftv2::weight_form_delta_grad", "(Tensor grad_x, Tensor x, Tensor delta) -> Tensor")
 
@@ -94,3 +98,41 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
 
 
 torch.library.register_autograd("oftv2::weight_form", _gradients, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------- from the generators
+# What is kept of the rotation is the generators, which are there anyway; the backward pass makes Δ again.
+
+
+@default("neumann_weight_form")
+def _neumann_weight_form(
+    x: Tensor, generators: Tensor, weight: Tensor, bias: Tensor | None, block_size: int, terms: int
+) -> Tensor:
+    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
+    return torch.ops.oftv2.weight_form(x, delta, weight, bias)
+
+
+def _fake_neumann_weight_form(
+    x: Tensor, generators: Tensor, weight: Tensor, bias: Tensor | None, block_size: int, terms: int
+) -> Tensor:
+    check_features(x, generators.shape[0], block_size)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.register_fake("oftv2::neumann_weight_form")(_fake_neumann_weight_form)
+
+
+def _save_neumann(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, generators, weight, _, ctx.block_size, ctx.terms = inputs
+    ctx.save_for_backward(x, generators, weight)
+
+
+def _neumann_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, generators, weight = ctx.saved_tensors
+    settings = ctx.block_size, ctx.terms
+    delta = torch.ops.oftv2.cayley_neumann(generators, *settings)
+    grad_x, grad_delta = torch.ops.oftv2.weight_form_backward(grad, x, delta, weight)
+    return grad_x, torch.ops.oftv2.cayley_neumann_backward(grad_delta, generators, *settings), None, None, None, None
+
+
+torch.library.register_autograd("oftv2::neumann_weight_form", _neumann_gradients, setup_context=_save_neumann)

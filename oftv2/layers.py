@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .base import OFTLayer
-from .cost_model import INPUT, Problem, cheapest, machine
+from .cost_model import INPUT, WEIGHT, Problem, cheapest, machine
 from .merging import rotated, with_weight
 
 
@@ -64,6 +64,10 @@ class OFTLinear(OFTLayer):
 
     def call_in_form(self, form: str, x: Tensor) -> Tensor:
         """The layer's output in one of the forms that do not call the base layer."""
+        if form == WEIGHT and (packed := self.changing_generators()) is not None:
+            rotation = self.rotation
+            settings = rotation.block_size, rotation.terms
+            return torch.ops.oftv2.neumann_weight_form(x, packed, self.weight, self.bias, *settings)
         return F.oft_linear(x, self.delta(x.dtype), self.weight, self.bias, form=form)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

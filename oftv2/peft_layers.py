@@ -144,6 +144,9 @@ class _View:
     def block_size(self) -> int:
         return self.__dict__["peft_rotation"].settings.block_size
 
+    def changing_generators(self) -> None:
+        """PEFT's rotations are made as PEFT makes them."""
+
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.__dict__["peft_rotation"].delta()
 

@@ -74,9 +74,13 @@ class QuantOFTLinear(OFTLinear):
         return super().problem(tokens, dtype, gradient=gradient)._replace(quantized=True)
 
     def call_in_form(self, form: str, x: Tensor) -> Tensor:
+        bias, weight = None if self.bias is None else self.bias.to(x.dtype), weight_4bit(self.base_layer)
+        if form == WEIGHT and (packed := self.changing_generators()) is not None:
+            rotation = self.rotation
+            settings = rotation.block_size, rotation.terms
+            return torch.ops.oftv2.neumann_weight_form_4bit(x, packed, bias, *weight, *settings)
         operator = torch.ops.oftv2.weight_form_4bit if form == WEIGHT else torch.ops.oftv2.rotate_matmul_4bit
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return operator(x, self.delta(x.dtype), bias, *weight_4bit(self.base_layer))
+        return operator(x, self.delta(x.dtype), bias, *weight)
 
     def merged_base(self, delta: Tensor) -> nn.Module:
         return self._dequantized(delta, torch.float32)
