@@ -227,7 +227,9 @@ def study_tables(path: Path) -> str:
     done = {row["key"] for row in results.rows}
     trained = [row for row in results.rows if row["study"] != "base"]
     diverged = sum(row["diverged"] for row in trained)
-    parts = [f"{sum(run.key in done for run in runs)} of {len(runs)} planned runs are done; {diverged} diverged."]
+    planned = sum(run.key in done for run in runs)
+    other = len(trained) - planned
+    parts = [f"{planned} of {len(runs)} planned runs are done, {other} others besides; {diverged} diverged."]
     parts.append("\n".join(verdicts(results)))
     for task in TASKS:
         if any(results.best(task, method) for method in (*CORE, *SIZES)):
