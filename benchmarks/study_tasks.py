@@ -26,7 +26,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         r"(?s).* in (ascending|descending) order .* list: (.*)",
         r"\1: \2",
     ),
-    "differences": ("chain_sum", TASK_CONFIG["chain_sum"], r".*: ", ""),
+    "fractions": (
+        "fraction_simplification",
+        {"min_value": 1, "max_value": 15, "min_factor": 2, "max_factor": 6, "styles": ("plain",)},
+        r".*fraction (\S+) to .*",
+        r"\1 =",
+    ),
     "backward": ("spell_backward", {"min_word_len": 3, "max_word_len": 3}, r".*: (\w+)", r"\1 ->"),
     "bits": ("count_bits", {"min_n": 1, "max_n": 255}, r".* number (\d+)\?", r"1 bits of \1"),
     "equations": ("simple_equations", {"min_terms": 2, "max_terms": 2, "min_value": 1, "max_value": 10}, r".*: ", ""),
