@@ -74,6 +74,15 @@ def base_of(name: str, options: Options) -> str:
     return "NF4" if METHODS[name].nf4 else options.dtype_name
 
 
+def groups(options: Options, *methods: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """For each list of methods on one base: the name of its group, and those of them that are wanted, if any."""
+    for own in methods:
+        names = [name for name in options.choose(own) if name in own]
+        group = f"{options.model}, {base_of(own[0], options)}"
+        if names and options.wanted(group):
+            yield group, names
+
+
 def missing_rows(shared: Row, missing: dict[str, str]) -> Iterator[Row]:
     """A row for each method that cannot run here."""
     return ({**shared, "method": name, "missing": reason} for name, reason in missing.items())

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from adapted import base_of, common, in_own_memory, missing_rows, together, tokens
+from adapted import base_of, common, groups, in_own_memory, missing_rows, together, tokens
 
 import models
 from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
@@ -24,11 +24,8 @@ OWN_NF4 = ["qoft", "peft-qoft", "qlora"]
 
 
 def measure(options: Options) -> Iterator[Row]:
-    for own in (OWN, OWN_NF4):
-        names = [name for name in options.choose(own) if name in own]
-        group = f"{options.model}, {base_of(own[0], options)}"
-        if names and options.wanted(group):
-            yield from _measure(group, names, options)
+    for group, names in groups(options, OWN, OWN_NF4):
+        yield from _measure(group, names, options)
 
 
 def _measure(group: str, names: list[str], options: Options) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adapted import base_of, common, missing_rows, trained
+from adapted import base_of, common, groups, missing_rows, trained
 
 import models
 from measure import Row, interleave, timings
@@ -16,11 +16,8 @@ OWN_NF4 = ["qoft", "peft-qoft", "qlora"]
 
 
 def measure(options: Options) -> Iterator[Row]:
-    for own in (OWN, OWN_NF4):
-        names = [name for name in options.choose(own) if name in own]
-        group = f"{options.model}, {base_of(own[0], options)}"
-        if names and options.wanted(group):
-            yield from _measure(group, names, options)
+    for group, names in groups(options, OWN, OWN_NF4):
+        yield from _measure(group, names, options)
 
 
 def _measure(group: str, names: list[str], options: Options) -> Iterator[Row]:
