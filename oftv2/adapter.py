@@ -74,7 +74,8 @@ def merge(
 
     Raises:
         AdapterError: not wrapped, already merged, names that :func:`oftv2.set_adapter` refuses, generators with NaN or
-            Inf, or a weight that cannot be read; nothing is changed then.
+            Inf, a weight that cannot be read, or one that is tied in an encoder-decoder, whose outputs depend on its
+            being tied; nothing is changed then.
     """
     names, layers = _merge_ready(model, adapter_names, requantize)
     quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
@@ -83,13 +84,15 @@ def merge(
     if dtype is not None and not dtype.is_floating_point:
         raise AdapterError(f"dtype={dtype} is not allowed: use a floating-point dtype")
     dtype = dtype or _model_dtype(model)
+    tied = _tied_weights(model)
+    if unload:
+        _check_untying(model, [path for path, layer in layers.items() if id(_weight(layer)) in tied])
     if isinstance(model, OFTLayer):
         model.activate(names)
     else:
         activate(model, names, trainable=None)
-    tied = _tied_weights(model)
     for layer in layers.values():
-        shared = id(layer.base_layer._parameters.get("weight")) in tied
+        shared = id(_weight(layer)) in tied
         if isinstance(layer, QuantOFTLinear):
             layer.merge(dtype=dtype, requantize=requantize)
         else:
@@ -177,6 +180,20 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
 def _tied_weights(model: nn.Module) -> set[int]:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {key for key, count in uses.items() if count > 1}
+
+
+def _weight(layer: OFTLayer) -> nn.Parameter | None:
+    return layer.base_layer._parameters.get("weight")
+
+
+def _check_untying(model: nn.Module, tied_layers: list[str]) -> None:
+    """Raises AdapterError where weights that merging makes different cannot be untied."""
+    config: Any = getattr(model, "config", None)
+    if tied_layers and getattr(config, "is_encoder_decoder", False):  # T5 and its kin
+        raise AdapterError(
+            f"{tied_layers[0]}: its weight is tied, and this {type(model).__name__} scales its outputs by whether "
+            "tie_word_embeddings says so: leave the adapter unmerged, or merge with unload=False"
+        )
 
 
 def _untie(model: nn.Module) -> None:

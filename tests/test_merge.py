@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_close, randomize
-from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear
+from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, merge, wrap_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = {
@@ -89,3 +90,18 @@ class TestMerge:
             layer.merge()
         assert torch.equal(layer.weight, original)
         assert not layer.merged
+
+
+def test_a_tied_head_of_an_encoder_decoder_is_refused():
+    """T5 scales what goes into its head by whether the configuration says that the head is tied."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    model = wrap_model(T5ForConditionalGeneration(T5Config(**sizes)), block_size=8, target_modules=["lm_head", "q"])
+    randomize(model)
+    ids = torch.arange(6)[None]
+    expected = model.eval()(input_ids=ids, decoder_input_ids=ids).logits
+    with pytest.raises(AdapterError, match="lm_head: its weight is tied, and this T5ForConditionalGeneration scales"):
+        merge(model)
+    assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
+    merged = merge(model, unload=False)(input_ids=ids, decoder_input_ids=ids).logits
+    assert_close("logits", merged, expected, 1e-5)
