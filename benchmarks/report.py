@@ -31,7 +31,7 @@ NAMES = {
     **{"frozen": "frozen base", "oft": "**OFT, b = 32**", "peft-oft": "PEFT's OFT, b = 32", "lora": "LoRA, r = 16"},
     **{"dora": "DoRA, r = 16", "oftv1": "original OFT, b = 32", "full": "all weights"},
     **{"frozen-nf4": "frozen NF4 base", "qoft": "**QOFT, b = 32**", "peft-qoft": "PEFT's QOFT, b = 32"},
-    **{"qlora": "QLoRA, r = 16"},
+    **{"qlora": "QLoRA, r = 16", "peft-oft-accelerated": "PEFT's OFT, `accelerate_peft`"},
 }
 SHAPES = [(1024, 1024, 1024), (4096, 576, 576), (2048, 1536, 576), (2048, 576, 1536), (512, 2048, 2048)]
 SHAPES.append((1, 1024, 1024))
@@ -67,7 +67,7 @@ def settings(name: str, report: dict[str, Any]) -> str:
 def layer_table(rows: list[Row]) -> str:
     """One layer's time over the frozen layer's, a column a method."""
     found = {(r["tokens"], r["in"], r["out"], r["method"]): r for r in rows if r["block_size"] == 32}
-    methods = ("oft", "lora", "peft-oft", "dora", "oftv1", "full")
+    methods = ("oft", "lora", "peft-oft", "peft-oft-accelerated", "dora", "oftv1", "full")
     lines = [["tokens, in → out", "frozen layer", *(NAMES[method] for method in methods)]]
     for shape in SHAPES:
         frozen = found.get((*shape, "frozen"))
@@ -196,7 +196,7 @@ straddle 1:
 
 The figures behind it, with a float32 and an NF4 base ({where(step)}):
 
-{model_table("cpu", ("frozen", "oft", "lora", "dora", "peft-oft", "oftv1", "full"))}
+{model_table("cpu", ("frozen", "oft", "lora", "dora", "peft-oft", "peft-oft-accelerated", "oftv1", "full"))}
 
 {model_table("cpu", ("frozen-nf4", "qoft", "qlora", "peft-qoft"))}
 

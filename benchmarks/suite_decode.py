@@ -15,7 +15,7 @@ from merging import MERGE, check_merged
 from methods import METHODS, perturb
 from options import Options
 
-OWN = ["frozen", "oft", "peft-oft", "lora", "dora"]
+OWN = ["frozen", "oft", "peft-oft", "peft-oft-accelerated", "lora", "dora"]
 OWN_NF4 = ["frozen-nf4", "qoft", "peft-qoft", "qlora"]
 MERGED = " merged"
 

@@ -16,7 +16,7 @@ from measure import Row, Run, interleave, saved_bytes, timings
 from methods import METHODS, available, linear, linear_nf4, on_layer
 from options import Options
 
-OWN = ["frozen", "oft", "oft-input", "oft-weight", "peft-oft", "lora", "dora", "oftv1", "full"]
+OWN = ["frozen", "oft", "oft-input", "oft-weight", "peft-oft", "peft-oft-accelerated", "lora", "dora", "oftv1", "full"]
 OWN_NF4 = ["frozen-nf4", "qoft", "peft-qoft", "qlora"]
 Case = tuple[bool, int, int, int, int]  # NF4, tokens, inputs, outputs, block size
 

@@ -13,7 +13,7 @@ from measure import Row, Run, interleave, spread, timings
 from methods import METHODS
 from options import Options
 
-OWN = ["frozen", "oft", "lora", "peft-oft", "dora", "full", "oftv1"]
+OWN = ["frozen", "oft", "lora", "peft-oft", "peft-oft-accelerated", "dora", "full", "oftv1"]
 OWN_NF4 = ["frozen-nf4", "qoft", "qlora", "peft-qoft"]
 
 
