@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from conftest import assert_close
 from oftv2 import functional as F
 from oftv2 import reference
+from oftv2._ops import FEW_TOKENS
 
 ops = torch.ops.oftv2
 
@@ -124,7 +125,7 @@ class TestRotate:
             ((63, 60), 30),
             ((2, 3, 64), 64),
             ((2, 2, 2, 33, 32), 16),
-            ((300, 8), 2),
+            ((FEW_TOKENS + 44, 8), 2),
         ],
         ids=str,
     )
@@ -179,7 +180,7 @@ class TestRotate:
         assert_close("∂x", actual[0], wanted[0], ROUNDING[dtype])
         assert_close("∂Δ", actual[1], wanted[1], 1e-13 if dtype == torch.float64 else 2e-6)
 
-    @pytest.mark.parametrize("tokens", [0, 1, 255, 256, 4000])
+    @pytest.mark.parametrize("tokens", [0, 1, FEW_TOKENS - 1, FEW_TOKENS, 4000])
     @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
     def test_token_counts_around_the_thresholds(self, tokens, layout):
         x, delta = torch.randn(tokens, 300), torch.randn(10, 30, 30) * 0.1
@@ -201,13 +202,13 @@ class TestRotate:
             assert_close("∂Δ", ddelta, R.grad, 2e-6)
 
     def test_without_onednn(self):
-        x, delta = torch.randn(300, 60), torch.randn(5, 12, 12) * 0.1
+        x, delta = torch.randn(FEW_TOKENS + 44, 60), torch.randn(5, 12, 12) * 0.1
         with torch.backends.mkldnn.flags(enabled=False):
             without = F.rotate(x, delta)
         assert_close("x̂", without, F.rotate(x, delta), ROUNDING[torch.float32])
 
     def test_zero_generators_are_the_identity_bit_for_bit(self):
-        for dtype, tokens in itertools.product(ROUNDING, (1, 255, 256, 1000)):
+        for dtype, tokens in itertools.product(ROUNDING, (1, FEW_TOKENS - 1, FEW_TOKENS, 4000)):
             x = torch.randn(tokens, 96).to(dtype)
             assert torch.equal(F.rotate(x, F.cayley_neumann(torch.zeros(3, 496), 32)), x)
             with torch.no_grad():
