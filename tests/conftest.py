@@ -146,6 +146,29 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def trainable(model: torch.nn.Module) -> set[str]:
+    """The names of the parameters that train."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, dict]:
+    """All that a refused call must not change: the modules themselves, flags, hooks, attributes and values."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        "modules": {path: (id(module), type(module), module.training) for path, module in modules.items()},
+        "hooks": {
+            path: [[id(hook) for hook in hooks.values()] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+            for path, m in modules.items()
+        },
+        "attributes": {path: sorted(module.__dict__) for path, module in modules.items()},
+        "parameters": {
+            name: (id(p), p.requires_grad, p.dtype, p.data_ptr())
+            for name, p in model.named_parameters(remove_duplicate=False)
+        },
+        "values": {name: value.double().numpy().tobytes() for name, value in model.state_dict().items()},
+    }
+
+
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
     """‖actual − expected‖ ≤ relative · ‖expected‖, in float64."""
     error = torch.linalg.vector_norm(actual.double() - expected.double())
