@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from peers import output
 
 VECTORS = torch.randn(5, 32, generator=torch.Generator().manual_seed(7))
+IMAGES = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(8))
 IDS = torch.arange(12).view(2, 6)
 
 
@@ -30,6 +31,15 @@ def linear() -> nn.Sequential:
 
 def embedding() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
+
+
+def conv2d() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(8, 12, 1, stride=2, padding=1), nn.ReLU(), nn.Conv2d(12, 4, 1))
+
+
+def bert() -> BertForSequenceClassification:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
 
 
 def gpt2() -> GPT2LMHeadModel:
