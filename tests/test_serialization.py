@@ -10,11 +10,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from conftest import build, perturb, randomize, trainable
+from conftest import block_sizes, build, perturb, randomize, trainable
 from oftv2 import (
     AdapterError,
     OFTConfig,
-    OFTLayer,
     disable_adapter,
     load_adapter,
     merge,
@@ -55,10 +54,6 @@ CASES = {
 }
 
 
-def sizes(model):
-    return {path: layer.rotation.block_size for path, layer in model.named_modules() if isinstance(layer, OFTLayer)}
-
-
 # ---------------------------------------------------------------------------------------------- round trips
 
 
@@ -75,7 +70,7 @@ def test_round_trip_is_bit_exact(make, inputs, fields, tmp_path):
     loaded = load_adapter(fresh, tmp_path)
     assert loaded is fresh
     assert torch.equal(answer(loaded, inputs), wanted)
-    assert sizes(loaded) == sizes(trained)
+    assert block_sizes(loaded) == block_sizes(trained)
     assert trainable(loaded) == set()
 
     wrapped = wrap_model(build(make), **fields)
