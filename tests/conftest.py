@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -49,6 +51,15 @@ def kernel_device(request: pytest.FixtureRequest):
     yield torch.device(request.param)
     if library is not None:
         library._destroy()
+
+
+@pytest.fixture
+def device(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run, and layers believe that they do."""
+    from oftv2 import functional
+
+    monkeypatch.setattr(functional, "runs_kernels", lambda device: True)
+    return kernel_device
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +120,16 @@ def tiny_llama():
     return make
 
 
+@pytest.fixture
+def base_folder(tiny_llama, tmp_path: Path) -> Path:
+    """A tiny Llama with a tokenizer, on disk as TRL expects a model."""
+    from byte_tokenizer import byte_tokenizer
+
+    tiny_llama(vocab_size=258, eos_token_id=1, bos_token_id=None).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
 class OperatorCounter(TorchDispatchMode):
     """Notes the operators of this library that run."""
 
@@ -120,6 +141,19 @@ class OperatorCounter(TorchDispatchMode):
         if func.namespace == "oftv2":
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch, functions: dict[ModuleType, list[str]]) -> list[str]:
+    """Notes the names of these functions of modules when they are called: whether a kernel was launched at all."""
+    called: list[str] = []
+
+    def recording(name: str, function: Callable) -> Callable:
+        return lambda *args, **options: called.append(name) or function(*args, **options)
+
+    for module, names in functions.items():
+        for name in names:
+            monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
+    return called
 
 
 def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 3) -> None:
@@ -144,6 +178,43 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    """The names of the parameters that train."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapted_paths(model: torch.nn.Module) -> set[str]:
+    """All paths of the adapted layers."""
+    from oftv2 import OFTLayer
+
+    return {path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, OFTLayer)}
+
+
+def block_sizes(model: torch.nn.Module) -> dict[str, int]:
+    """The adapted layers' block sizes, by path."""
+    from oftv2 import OFTLayer
+
+    return {path: layer.rotation.block_size for path, layer in model.named_modules() if isinstance(layer, OFTLayer)}
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, dict]:
+    """All that a refused call must not change: the modules themselves, flags, hooks, attributes and values."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        "modules": {path: (id(module), type(module), module.training) for path, module in modules.items()},
+        "hooks": {
+            path: [[id(hook) for hook in hooks.values()] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+            for path, m in modules.items()
+        },
+        "attributes": {path: sorted(module.__dict__) for path, module in modules.items()},
+        "parameters": {
+            name: (id(p), p.requires_grad, p.dtype, p.data_ptr())
+            for name, p in model.named_parameters(remove_duplicate=False)
+        },
+        "values": {name: value.double().numpy().tobytes() for name, value in model.state_dict().items()},
+    }
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:

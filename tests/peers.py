@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -28,6 +29,15 @@ def peft_model(base: nn.Module, **fields: Any) -> nn.Module:
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(copy.deepcopy(base), peft.OFTConfig(**fields))
     return model.train(base.training)
+
+
+def from_peft(base: nn.Module, folder: Path | str) -> nn.Module:
+    """PEFT's model, loaded without a warning of any kind, in evaluation mode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers', about what PEFT calls there
+        warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # where PEFT has to adjust it
+        return peft.PeftModel.from_pretrained(base, folder).eval()
 
 
 def peft_generators(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,16 +6,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_adapters import HEAD, X, alone, net, output, randomize, three, trainable
-from test_targets_refused import snapshot
 from test_trainer import ROWS, arguments
 from torch import nn
 from transformers import Trainer
 
 import oftv2
-from conftest import build
+from conftest import build, snapshot
+from named_adapters import HEAD, alone, output, randomize, three, trainable
 from oftv2 import AdapterError
 from oftv2.state import adapter_parameters
+from small_models import VECTORS, linear
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def folders(tmp_path):
 
 
 def test_loading_beside_others(folders):
-    model = oftv2.load_adapter(build(net), folders["a"], adapter_name="a")
+    model = oftv2.load_adapter(build(linear), folders["a"], adapter_name="a")
     before = output(model)
     for name in "bc":
         assert oftv2.load_adapter(model, folders[name], adapter_name=name) is model
@@ -37,7 +37,7 @@ def test_loading_beside_others(folders):
         assert torch.equal(output(model), output(oftv2.set_adapter(three(), names)))
     assert trainable(model) == set()
     oftv2.unwrap_model(model)
-    assert torch.equal(output(model), output(build(net)))
+    assert torch.equal(output(model), output(build(linear)))
 
 
 def test_every_adapter_is_saved_by_its_name_whatever_is_active(folders, tmp_path):
@@ -49,7 +49,7 @@ def test_every_adapter_is_saved_by_its_name_whatever_is_active(folders, tmp_path
             wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (folders[name], again))
             assert wanted.keys() == found.keys()
             assert all(torch.equal(value, found[key]) for key, value in wanted.items())
-            assert torch.equal(output(oftv2.load_adapter(build(net), again)), output(alone(name)))
+            assert torch.equal(output(oftv2.load_adapter(build(linear), again)), output(alone(name)))
     with pytest.raises(AdapterError, match=r"'b', 'a' are active together.*give its name"):
         oftv2.save_adapter(model, tmp_path / "none")
     with pytest.raises(AdapterError, match="no adapter 'd' in this model; it has 'a', 'b', 'c'"):
@@ -98,9 +98,9 @@ class TestHotswap:
         assert torch.equal(output(oftv2.set_adapter(model, name)), output(other))
 
     def test_what_the_new_adapter_lacks_is_the_identity(self, tmp_path):
-        less = oftv2.wrap_model(build(net), block_size=2, neumann_terms=2, target_modules=["0"])
+        less = oftv2.wrap_model(build(linear), block_size=2, neumann_terms=2, target_modules=["0"])
         oftv2.save_adapter(randomize(less, "default"), tmp_path)
-        model = oftv2.wrap_model(build(net), block_size=2, neumann_terms=2, target_modules=["0", "2"], **HEAD)
+        model = oftv2.wrap_model(build(linear), block_size=2, neumann_terms=2, target_modules=["0", "2"], **HEAD)
         randomize(model, "default", 5)
         oftv2.hotswap_adapter(model, tmp_path)
         assert torch.equal(output(model), output(less))
@@ -109,7 +109,7 @@ class TestHotswap:
     def test_a_kept_rotation_is_rewritten_where_it_is(self, tmp_path):
         """A captured CUDA graph reads Δ in the memory where it was when the graph was captured."""
         fields = {"block_size": 8, "block_share": True}
-        model, other = (randomize(oftv2.wrap_model(build(net), **fields), "default", seed) for seed in (1, 2))
+        model, other = (randomize(oftv2.wrap_model(build(linear), **fields), "default", seed) for seed in (1, 2))
         oftv2.save_adapter(other, tmp_path)
         output(model)
         with torch.no_grad():
@@ -127,11 +127,11 @@ class TestHotswap:
         oftv2.set_adapter(model, ["a", "b"], trainable=False)
         compiled = torch.compile(model, fullgraph=True, backend=counter)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(X), output(model))
+            torch.testing.assert_close(compiled(VECTORS), output(model))
             before = output(model)
             frames = counter.frame_count
             oftv2.hotswap_adapter(model, tmp_path, adapter_name="a")
-            torch.testing.assert_close(compiled(X), output(model))
+            torch.testing.assert_close(compiled(VECTORS), output(model))
         assert not torch.allclose(output(model), before, atol=1e-3)
         assert counter.frame_count == frames == 1
 
@@ -166,12 +166,12 @@ def test_peft_computes_the_same_sequences(tmp_path):
         "a": {"block_size": 8, "target_modules": ["0", "2"]},
         "b": {"block_size": 4, "target_modules": ["2", "4"]},
     }
-    model = oftv2.wrap_model(build(net), adapter_name="a", **fields["a"])
+    model = oftv2.wrap_model(build(linear), adapter_name="a", **fields["a"])
     oftv2.add_adapter(model, "b", **fields["b"])
     for seed, name in enumerate("ab"):
         randomize(model, name, seed)
         oftv2.save_adapter(model, tmp_path / name, adapter_name=name, format="peft")
-    theirs = peft.PeftModel.from_pretrained(build(net), tmp_path / "a", adapter_name="a")
+    theirs = peft.PeftModel.from_pretrained(build(linear), tmp_path / "a", adapter_name="a")
     theirs.load_adapter(tmp_path / "b", adapter_name="b")
     both = []
     for names in (["a"], ["b"], ["a", "b"], ["b", "a"]):
@@ -183,7 +183,7 @@ def test_peft_computes_the_same_sequences(tmp_path):
 
 def test_peft_adapters_are_loaded_beside_others(tmp_path):
     config = peft.OFTConfig(oft_block_size=4, target_modules=["2"], modules_to_save=["4"], use_cayley_neumann=False)
-    theirs = peft.get_peft_model(build(net), config)
+    theirs = peft.get_peft_model(build(linear), config)
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:

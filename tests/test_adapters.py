@@ -1,4 +1,4 @@
-"""Named adapters in one model: added, loaded, activated alone and in sequence, trained in turn, deleted."""
+"""Named adapters in one model: added, activated alone and in sequence, trained in turn, copied."""
 
 from __future__ import annotations
 
@@ -8,62 +8,14 @@ import pickle
 
 import pytest
 import torch
-from test_targets_refused import snapshot
 from torch import nn
 
 import oftv2
-from conftest import assert_close, build
+from conftest import assert_close, build, snapshot
+from named_adapters import FIELDS, FIRST, HEAD, alone, output, randomize, three, trainable
 from oftv2 import AdapterError, ConfigError, OFTConfig
 from oftv2.base import OFTLayer
-from oftv2.state import adapter_parameters, plain_name
-
-X = torch.randn(5, 32, generator=torch.Generator().manual_seed(7))
-HEAD = {"modules_to_save": ("4",)}
-
-
-def net():
-    return nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def randomize(model, name, seed=1):
-    """Random values for all that an adapter trains."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in dict.fromkeys(adapter_parameters(model, name)):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-FIRST = {"block_size": 8, "target_modules": ["0", "2"], "modules_to_save": ()}
-SECOND = {"oft_block_size": 4, "target_modules": ["2", "4"], "parametrization": "cayley", "bias": "oft_only"}
-THIRD = {"block_size": 2, "target_modules": ["0"], "neumann_terms": 2, **HEAD}
-FIELDS = {"a": FIRST, "b": SECOND, "c": THIRD}
-
-
-def three():
-    """A model with three different adapters, the first of them active."""
-    model = oftv2.wrap_model(build(net), adapter_name="a", **FIRST)
-    for seed, (name, fields) in enumerate(FIELDS.items()):
-        if name != "a":
-            assert oftv2.add_adapter(model, name, **fields) is model
-        randomize(model, name, seed)
-    return model
-
-
-def alone(name):
-    """The same adapter in a model of its own."""
-    seed = list(FIELDS).index(name)
-    return randomize(oftv2.wrap_model(build(net), adapter_name=name, **FIELDS[name]), name, seed)
-
-
-def output(model):
-    with torch.no_grad():
-        return model.eval()(X)
-
-
-def trainable(model):
-    return {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-
+from small_models import VECTORS, linear
 
 # ---------------------------------------------------------------------------------------------- adding and activating
 
@@ -77,7 +29,7 @@ def test_each_adapter_computes_what_it_computes_alone():
         assert torch.equal(output(model), output(alone(name)))
         assert trainable(model) == trainable(alone(name))
         with oftv2.disable_adapter(model):
-            assert torch.equal(output(model), output(build(net)))
+            assert torch.equal(output(model), output(build(linear)))
         assert torch.equal(output(model), output(alone(name)))
     assert isinstance(model[0], OFTLayer)
     assert set(model[4].rotations) == {"b"}
@@ -92,7 +44,7 @@ def test_an_added_adapter_is_not_active_and_does_not_train():
     assert torch.equal(output(model), before)
     assert trainable(model) == trains
     oftv2.set_adapter(model, "b")
-    assert torch.equal(output(model), output(build(net)))  # it is fresh
+    assert torch.equal(output(model), output(build(linear)))  # it is fresh
 
 
 def test_a_sequence_goes_through_the_adapters_in_order():
@@ -100,7 +52,7 @@ def test_a_sequence_goes_through_the_adapters_in_order():
     for names in (["a", "b"], ["b", "a"], ("a", "c"), ["c", "a"]):
         oftv2.set_adapter(model, names)
         assert oftv2.active_adapters(model) == list(names)
-        x = X
+        x = VECTORS
         for place, module in enumerate(model):
             if isinstance(module, OFTLayer):
                 for name in names:
@@ -134,7 +86,7 @@ def test_training_in_turn_is_training_apart():
                 optimizers[id(part) + step % 3] = torch.optim.AdamW(own, lr=0.02)
             optimizer = optimizers[id(part) + step % 3]
             optimizer.zero_grad()
-            part(X).square().sum().backward()
+            part(VECTORS).square().sum().backward()
             optimizer.step()
     for name, single in singles.items():
         oftv2.set_adapter(model, name)
@@ -143,7 +95,9 @@ def test_training_in_turn_is_training_apart():
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch.save", "state_dict"], ids=str
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), "torch.save", "state_dict"],
+    ids=["deepcopy", "pickle", "torch.save", "state_dict"],
 )
 def test_copies_keep_every_adapter(duplicate):
     model = three()
@@ -154,7 +108,7 @@ def test_copies_keep_every_adapter(duplicate):
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
     elif duplicate == "state_dict":
-        other = oftv2.wrap_model(build(net), adapter_name="a", **FIRST)
+        other = oftv2.wrap_model(build(linear), adapter_name="a", **FIRST)
         for name in "bc":
             oftv2.add_adapter(other, name, **FIELDS[name])
         oftv2.set_adapter(other, "b")
@@ -182,8 +136,8 @@ def test_state_dictionaries_that_do_not_fit():
             model.load_state_dict(wrong)
     model.load_state_dict({k: v for k, v in state.items() if k != key}, strict=False)
     oftv2.unwrap_model(model)
-    assert model.state_dict().keys() == build(net).state_dict().keys()
-    model.load_state_dict(build(net).state_dict())
+    assert model.state_dict().keys() == build(linear).state_dict().keys()
+    model.load_state_dict(build(linear).state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -192,7 +146,7 @@ def test_what_is_set_aside_follows_the_model_to_another_dtype(dtype):
     for name in "cabc":
         oftv2.set_adapter(model, name)
         assert {p.dtype for path, p in model.named_parameters() if "generators" not in path} == {dtype}
-        assert_close(name, model.eval()(X.to(dtype)).detach(), output(alone(name)), 3e-2)
+        assert_close(name, model.eval()(VECTORS.to(dtype)).detach(), output(alone(name)), 3e-2)
 
 
 def test_tied_weights_are_exchanged_in_both_places():
@@ -219,71 +173,6 @@ def test_tied_weights_are_exchanged_in_both_places():
     assert torch.equal(model[0].weight, first)
     oftv2.unwrap_model(model)
     assert torch.equal(model[0].weight, base)
-
-
-# ---------------------------------------------------------------------------------------------- merging and taking off
-
-
-@pytest.mark.parametrize("names", ["a", "b", ["a", "b"], ["b", "a"], ["c", "a"], None], ids=str)
-@pytest.mark.parametrize("unload", [True, False])
-def test_merging_some_of_them(names, unload):
-    model, wanted = three(), three()
-    wanted = output(oftv2.set_adapter(wanted, names or "a"))
-    oftv2.merge(model, names, unload=unload)
-    torch.testing.assert_close(output(model), wanted, rtol=1e-5, atol=1e-6)
-    if unload:
-        assert model.state_dict().keys() == net().state_dict().keys()
-        return
-    with pytest.raises(AdapterError, match="merged"):
-        oftv2.set_adapter(model, "a")
-    oftv2.unmerge(model)
-    torch.testing.assert_close(output(model), wanted, rtol=1e-5, atol=1e-6)
-    for name in "abc":
-        oftv2.set_adapter(model, name)
-        torch.testing.assert_close(output(model), output(alone(name)), rtol=1e-5, atol=1e-6)
-
-
-def test_merging_what_cannot_be_merged_changes_nothing():
-    model = three()
-    model[2].generators["b"].data[0, 0] = float("nan")
-    before = snapshot(model)
-    with pytest.raises(AdapterError, match=r"2: the generators of 'b' hold NaN"):
-        oftv2.merge(model, ["a", "b"])
-    with pytest.raises(AdapterError, match="no adapter 'd' in this model; it has 'a', 'b', 'c'"):
-        oftv2.merge(model, ["a", "d"])
-    assert snapshot(model) == before
-    assert oftv2.active_adapters(model) == ["a"]
-    oftv2.merge(model, ["a", "c"])  # of which b is no part
-
-
-@pytest.mark.parametrize("names", ["a", "b", ["a", "b"], ["a", "c"]], ids=str)
-def test_unwrapping_restores_the_base(names):
-    model, plain = three(), build(net)
-    trained = trainable(plain)
-    oftv2.set_adapter(model, names)
-    oftv2.unwrap_model(model)
-    assert torch.equal(output(model), output(plain))
-    assert trainable(model) == trained
-    assert model.state_dict().keys() == plain.state_dict().keys()
-
-
-def test_deleting():
-    model = three()
-    oftv2.set_adapter(model, "b")
-    oftv2.delete_adapter(model, "c")
-    assert oftv2.adapter_names(model) == ["a", "b"]
-    assert torch.equal(output(model), output(alone("b")))
-    oftv2.delete_adapter(model, "a")
-    assert type(model[0]) is nn.Linear  # none of the rest adapts it
-    assert torch.equal(output(model), output(alone("b")))
-    assert trainable(model) == trainable(alone("b"))
-    assert not any("_oftv2." in key for key in model.state_dict())
-    with pytest.raises(AdapterError, match=r"only adapter of this model: unwrap_model\(model\)"):
-        oftv2.delete_adapter(model, "b")
-    oftv2.add_adapter(model, "a", **FIRST)
-    assert isinstance(model[0], OFTLayer)
-    oftv2.unwrap_model(model)
-    assert torch.equal(output(model), output(build(net)))
 
 
 # ---------------------------------------------------------------------------------------------- refused
@@ -333,4 +222,4 @@ def test_refused_and_left_as_it_was(call, message):
 )
 def test_a_plain_model_is_refused(call):
     with pytest.raises(AdapterError, match="has no oftv2 adapter: call wrap_model or load_adapter first"):
-        call(net())
+        call(linear())

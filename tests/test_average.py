@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_adapters import FIELDS, build, net, output, randomize
-from test_targets_refused import snapshot
 
 import oftv2
+from conftest import build, snapshot
+from named_adapters import FIELDS, output, randomize
 from oftv2 import AdapterError, reference
 from oftv2.averaging import (
     NoMeanError,
@@ -21,6 +21,7 @@ from oftv2.averaging import (
     nearest_rotation,
     rotation_angles,
 )
+from small_models import linear
 
 WIDE = torch.float64
 
@@ -128,7 +129,7 @@ def test_where_there_is_no_unique_mean(degrees, message):
 
 def several(**fields):
     """A model with adapters of other sizes, parametrizations and layers."""
-    model = oftv2.wrap_model(build(net), adapter_name="a", block_size=8, **fields)
+    model = oftv2.wrap_model(build(linear), adapter_name="a", block_size=8, **fields)
     oftv2.add_adapter(model, "b", block_size=4, parametrization="cayley", target_modules=["2", "4"], **fields)
     oftv2.add_adapter(model, "c", block_size=12, neumann_terms=2, target_modules=["2"], **fields)
     for seed, name in enumerate("abc"):
@@ -167,13 +168,13 @@ def test_it_is_a_new_adapter_of_the_mean_rotations(names, tmp_path):
     oftv2.set_adapter(model, "average")
     averaged = output(model)
     oftv2.save_adapter(model, tmp_path, format="oftv2")
-    torch.testing.assert_close(output(oftv2.load_adapter(build(net), tmp_path)), averaged)
+    torch.testing.assert_close(output(oftv2.load_adapter(build(linear), tmp_path)), averaged)
     model.train()(torch.randn(3, 32)).sum().backward()
     assert all(layer.generators["average"].grad.any() for layer in model[::2] if "average" in layer.rotations)
 
 
 def test_one_shared_block_stays_one():
-    model = oftv2.wrap_model(build(net), adapter_name="a", block_size=8, block_share=True)
+    model = oftv2.wrap_model(build(linear), adapter_name="a", block_size=8, block_share=True)
     oftv2.add_adapter(model, "b", block_size=4, block_share=True)
     randomize(randomize(model, "a", 1), "b", 2)
     oftv2.average_adapters(model, ["a", "b"], adapter_name="both")
@@ -225,7 +226,7 @@ def test_refused_and_left_as_it_was(call, message):
 
 
 def test_base_parameters_trained_in_full_are_no_rotations():
-    model = oftv2.wrap_model(build(net), adapter_name="a", **FIELDS["a"])
+    model = oftv2.wrap_model(build(linear), adapter_name="a", **FIELDS["a"])
     oftv2.add_adapter(model, "c", **FIELDS["c"])
     before = snapshot(model)
     with pytest.raises(AdapterError, match=r"'c' trained 4\.weight in full, which is no rotation"):

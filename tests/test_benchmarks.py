@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import suite_rows
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ import oftv1
 import run
 from conftest import ROOT, assert_close, randomize
 from correctness import check
+from measure import in_fresh_process
 from methods import METHODS, Sizes, linear, on_layer
 from oftv2 import OFTConfig, OFTLinear
 from options import Options
@@ -109,11 +111,11 @@ def allocate(mebibytes: int) -> tuple[int, int]:
 def test_peak_memory_is_of_a_fresh_process(monkeypatch) -> None:
     torch.ones(400, 2**20, dtype=torch.uint8)  # of this process, and none of the other's
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    peak, after = measure.in_fresh_process("test_benchmarks:allocate", mebibytes=100)
+    peak, after = in_fresh_process("test_benchmarks:allocate", mebibytes=100)
     assert 100 <= peak / 2**20 < 150
     assert after / 2**20 < 50
     with pytest.raises(RuntimeError, match="no_such_function"):
-        measure.in_fresh_process("measure:no_such_function")
+        in_fresh_process("measure:no_such_function")
 
 
 def layer_and_inputs(name: str, tokens: int = 40) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -228,6 +230,19 @@ def test_a_missing_peer_is_reported(suite: str, tmp_path, monkeypatch) -> None:
     measured = [row for row in rows if "missing" not in row]
     assert {row["method"] for row in measured} - {"frozen"} == {"oft"}
     assert not any("over_lora" in row for row in measured)
+
+
+def test_benchmark_on_tiny_sizes() -> None:
+    """The suite ``rows``."""
+    rows = list(suite_rows.measure(Options(quick=True, rounds=2, only="layer.* 8 adapters")))
+    assert [row["method"] for row in rows] == ["frozen", "one adapter", "rows", "rows, anew", "one by one"] * 2
+    for row in rows:
+        assert row["ms_q1"] <= row["ms"] <= row["ms_q3"]
+        assert row["error"] < 1e-5
+        assert row["generator_bytes"] == 8 * 2 * (32 * 31 // 2) * 4
+        assert row["kept_delta_bytes"] == 8 * 2 * 32 * 32 * 4
+    how = {"device": "cpu", "dtype": "float32", "quick": True}
+    assert in_fresh_process("suite_rows:memory_growth", count=64, **how) > 2**20
 
 
 def test_the_command(tmp_path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import assert_close
+from conftest import assert_close, record_calls
 from oftv2 import functional as F
 from oftv2 import reference
 
 ops = torch.ops.oftv2
+
+
 # What rounding alone costs, with room for the order of summation; Δ is rounded to 16 bit as well.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -35,17 +37,9 @@ def launches(monkeypatch, kernel_device):
     """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
     from oftv2.kernels import cayley, rotate
 
-    called = []
-    for module in (cayley, rotate):
-        for name in ("cayley_neumann", "cayley_neumann_backward", "rotate", "rotate_backward"):
-            if original := getattr(module, name, None):
-
-                def spy(*args, _name=name, _original=original, **options):
-                    called.append(_name)
-                    return _original(*args, **options)
-
-                monkeypatch.setattr(module, name, spy)
-    return called
+    return record_calls(
+        monkeypatch, {cayley: ["cayley_neumann", "cayley_neumann_backward"], rotate: ["rotate", "rotate_backward"]}
+    )
 
 
 class TestCayley:
@@ -247,51 +241,6 @@ class TestFromGenerators:
         ops.neumann_rotate(x, generators, 32, 4).backward(upstream)
         expected = F.rotate(upstream, F.cayley_neumann(generators, 32).mT)
         assert_close("∂x", x.grad, expected, 2e-6)
-
-
-class TestGroup:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("size", "b", "d"), [(2, 32, 96), (3, 32, 64), (3, 12, 36), (2, 64, 128), (4, 16, 32)])
-    def test_equals_the_rotations_one_by_one(self, kernel_device, launches, size, b, d, dtype):
-        x = torch.randn(3, 25, d, device=kernel_device).to(dtype)
-        grads = [torch.randn_like(x) for _ in range(size)]
-        deltas = [(0.1 * torch.randn(d // b, b, b, device=kernel_device)).requires_grad_() for _ in range(size)]
-        x_in = x.clone().requires_grad_()
-        together = F.rotate_group(x_in, deltas)
-        torch.autograd.backward(together, grads)
-        if dtype == torch.bfloat16 and size <= 3:
-            assert launches == ["rotate", "rotate_backward"]
-        x_ref = x.double().cpu().requires_grad_()
-        expected, wanted = [], []
-        for delta in deltas:
-            wanted.append(delta.detach().double().cpu().requires_grad_())
-            expected.append(reference.rotate(x_ref, wanted[-1] + torch.eye(b)))
-        torch.autograd.backward(expected, [grad.double().cpu() for grad in grads])
-        for i in range(size):
-            assert_close(f"x̂ {i}", together[i].cpu(), expected[i].detach(), ROUNDING[dtype])
-            assert_close(f"∂Δ {i}", deltas[i].grad.cpu(), wanted[i].grad, 4e-6)
-        assert_close("∂x", x_in.grad.cpu(), x_ref.grad, ROUNDING[dtype])
-
-    def test_an_output_that_is_not_used_adds_nothing(self, kernel_device):
-        x = torch.randn(10, 32, device=kernel_device).bfloat16().requires_grad_()
-        deltas = [(0.1 * torch.randn(1, 32, 32, device=kernel_device)).requires_grad_() for _ in range(2)]
-        first, _ = F.rotate_group(x, deltas)
-        first.sum().backward()
-        assert deltas[0].grad.abs().sum() > 0
-        assert torch.equal(deltas[1].grad, torch.zeros_like(deltas[1]))
-
-    def test_the_input_is_kept_once(self, kernel_device):
-        x = torch.randn(512, 64, device=kernel_device).bfloat16().requires_grad_()
-        deltas = [(0.1 * torch.randn(2, 32, 32, device=kernel_device)).requires_grad_() for _ in range(3)]
-        kept = {}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            F.rotate_group(x, deltas)
-        assert sum(kept.values()) == x.nbytes + sum(delta.nbytes for delta in deltas)
 
 
 def test_opcheck(kernel_device):

@@ -11,13 +11,6 @@ from oftv2 import OFTConfig, OFTEmbedding, OFTLinear, reference
 from oftv2 import functional as F
 
 
-@pytest.fixture
-def device(kernel_device, monkeypatch):
-    """Where the kernels run, and layers believe that they do."""
-    monkeypatch.setattr(F, "runs_kernels", lambda device: True)
-    return kernel_device
-
-
 def make(device, *, d=96, n=40, dtype=torch.float32, form="input", **fields):
     layer = OFTLinear(nn.Linear(d, n).to(device, dtype), OFTConfig(**{"block_size": 32, **fields}))
     randomize(layer)

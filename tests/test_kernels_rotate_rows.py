@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oftv2
-from conftest import assert_close, randomize
+from conftest import assert_close, randomize, record_calls
 from oftv2 import _row_ops, reference
 from oftv2 import functional as F
 
@@ -36,18 +36,9 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture
 def launches(monkeypatch, kernel_device):
     """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
-    from oftv2.kernels import rotate_rows as kernels
+    from oftv2.kernels import rotate_rows
 
-    called = []
-    for name in ("rotate_rows", "rotate_rows_delta_grad"):
-        original = getattr(kernels, name)
-
-        def spy(*args, _name=name, _original=original):
-            called.append(_name)
-            return _original(*args)
-
-        monkeypatch.setattr(kernels, name, spy)
-    return called
+    return record_calls(monkeypatch, {rotate_rows: ["rotate_rows", "rotate_rows_delta_grad"]})
 
 
 def problem(leading, blocks, adapters, dtype=torch.float64):

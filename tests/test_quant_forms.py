@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import oftv2
-from conftest import assert_close, randomize
+from conftest import assert_close, randomize, record_calls
 from oftv2 import OFTConfig, QuantOFTLinear, reference
-from oftv2 import functional as F
 from oftv2._bitsandbytes import weight_4bit
 from oftv2._quant_ops import dequantize_4bit
 from quantized import FOUR_BIT, dequantized, quantize
@@ -18,26 +17,11 @@ each_format = pytest.mark.parametrize("kind", FOUR_BIT)
 
 
 @pytest.fixture
-def device(kernel_device, monkeypatch):
-    """Where the kernels run, and layers believe that they do."""
-    monkeypatch.setattr(F, "runs_kernels", lambda device: True)
-    return kernel_device
-
-
-@pytest.fixture
 def launches(monkeypatch):
     """Names of the launchers that ran, so that no test compares plain torch with itself."""
     from oftv2.kernels import nf4, nf4_matmul
 
-    called = []
-
-    def watch(module, name):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, **options: called.append(name) or original(*args, **options))
-
-    watch(nf4, "dequantize_rotate")
-    watch(nf4_matmul, "rotate_matmul_4bit")
-    return called
+    return record_calls(monkeypatch, {nf4: ["dequantize_rotate"], nf4_matmul: ["rotate_matmul_4bit"]})
 
 
 def make(kind, device, *, d=128, n=48, b=16, dtype=torch.float32, **fields):

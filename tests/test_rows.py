@@ -1,57 +1,18 @@
-"""Batches whose rows go through different adapters: each row is what it would be alone."""
+"""Language models on batches whose rows go through different adapters: each row is what it would be alone."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
-import suite_rows
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import oftv2
-from conftest import assert_close, randomize
-from measure import in_fresh_process
-from oftv2 import AdapterError, OFTConfig, adapters_per_row
-from oftv2.rotation import Rotation
-from options import Options
-
-# Twice one adapter, several of one row, none, and one that most layers lack.
-ROWS = ["math", None, "chat", ["chat", "code"], "code", "math"]
-
-
-def wrapped(model, **fields):
-    """A model with three adapters of different block sizes, parametrizations and targets, all of them random."""
-    oftv2.wrap_model(model, adapter_name="math", block_size=32, **fields)
-    oftv2.add_adapter(model, "chat", block_size=16, block_share=True)
-    oftv2.add_adapter(model, "code", block_size=8, target_modules=["q_proj", "down_proj"], parametrization="cayley")
-    randomize(model)
-    return model
-
-
-@contextlib.contextmanager
-def only(model, entry):
-    """The model with the adapters of one row, for all of a batch."""
-    if entry is None:
-        with oftv2.disable_adapter(model):
-            yield
-        return
-    active = oftv2.active_adapters(model)
-    oftv2.set_adapter(model, entry, trainable=False)
-    yield
-    oftv2.set_adapter(model, active, trainable=False)
-
-
-def one_by_one(model, rows, call):
-    """``call(i)`` of every row on its own."""
-    out = []
-    for i, entry in enumerate(rows):
-        with only(model, entry):
-            out.append(call(i))
-    return out
+from conftest import assert_close
+from mixed_batches import ROWS, one_by_one, only, wrapped
+from oftv2 import AdapterError, adapters_per_row
 
 
 @pytest.fixture
@@ -162,24 +123,6 @@ class TestLanguageModel:
                 assert layer.rows.delta(layer, x) is kept
 
 
-def test_rotations_made_together_are_those_made_apart():
-    configs = [
-        {"block_size": 8},
-        {"block_size": 8, "constraint": 0.5, "dropout": 0.5},
-        {"block_size": 4},
-        {"block_size": 8, "block_share": True, "scale_generators": True},
-        {"block_size": 8, "parametrization": "cayley"},
-        {"block_size": 8, "neumann_terms": 6},
-        {"block_size": 8, "parametrization": "cayley", "block_share": True},
-    ]
-    rotations = [Rotation.resolve(OFTConfig(**config), 32, "layer") for config in configs]
-    generators = [0.1 * torch.randn(rotation.shape, dtype=torch.float64) for rotation in rotations]
-    together = Rotation.deltas(rotations, generators)
-    for rotation, packed, delta in zip(rotations, generators, together, strict=True):
-        torch.testing.assert_close(delta, rotation.delta(packed), rtol=1e-14, atol=1e-16)
-    assert [delta.stride(0) for delta in together] == [64, 64, 16, 0, 64, 64, 0]
-
-
 class TestGradients:
     def grads(self, model):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -260,182 +203,3 @@ class TestGradients:
         assert different == [True, False, False, False, False, True]  # only "math" has dropout
         first.float().square().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-class TestLayers:
-    def test_convolution_and_embedding(self):
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.table = nn.Embedding(20, 36)
-                self.conv = nn.Conv2d(4, 6, 3, groups=2, padding=1)
-
-            def forward(self, ids):
-                return self.conv(self.table(ids).unflatten(-1, (4, 3, 3)).flatten(0, 1)).unflatten(0, ids.shape)
-
-        torch.manual_seed(0)
-        model = Model().double()
-        oftv2.wrap_model(model, adapter_name="math", target_modules=["table", "conv"], block_size=6)
-        oftv2.add_adapter(model, "chat", target_modules=["table", "conv"], block_size=9)
-        oftv2.add_adapter(model, "code", target_modules=["table"], block_size=4)
-        randomize(model, 0.1)
-        ids = torch.randint(0, 20, (len(ROWS), 5))
-        expected = torch.cat(one_by_one(model, ROWS, lambda i: model(ids[i : i + 1])))
-        with adapters_per_row(model, ROWS):
-            assert_close("output", model(ids), expected, 1e-13)
-
-    @pytest.mark.parametrize("shape", [(6, 64), (6, 5, 64), (6, 2, 3, 64), (12, 5, 64), (0, 5, 64)], ids=str)
-    @pytest.mark.parametrize("quantized", [False, True])
-    def test_shapes(self, shape, quantized):
-        linear = nn.Linear(64, 24)
-        if quantized:
-            import bitsandbytes as bnb
-
-            weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-            linear = bnb.nn.Linear4bit(64, 24, compute_dtype=torch.float32, quant_type="nf4")
-            linear.weight = weight
-            linear = linear.to("cpu")
-        model = nn.ModuleDict({"q_proj": linear})
-        wrapped_model = oftv2.wrap_model(model, adapter_name="math", block_size=8)
-        oftv2.add_adapter(wrapped_model, "chat", block_size=32)
-        randomize(model)
-        rows = ["math", None, "chat", ["math", "chat"], "chat", "math"]
-        x = torch.randn(shape)
-        repeats = shape[0] // 6
-        expected = one_by_one(model, rows, lambda i: model["q_proj"](x[i * repeats : (i + 1) * repeats]))
-        with adapters_per_row(model, rows):
-            actual = model["q_proj"](x)
-        assert actual.shape == (*shape[:-1], 24)
-        assert_close("output", actual, torch.cat(expected), 1e-6)
-
-    def test_compiles_once_for_all_rows_of_the_same_adapters(self):
-        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).double()
-        oftv2.wrap_model(model, adapter_name="math", block_size=4, exclude_modules=[])
-        oftv2.add_adapter(model, "chat", block_size=8)
-        randomize(model, 0.2)
-        x = torch.randn(3, 5, 16).double()
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(model, fullgraph=True, backend=counter)
-        for rows in (["math", None, "chat"], ["math", "chat", None], ["chat", "math", "chat"]):
-            with adapters_per_row(model, rows):
-                expected = model(x)
-                assert_close("output", compiled(x), expected, 1e-12)
-        assert counter.frame_count == 1
-        assert_close("output", compiled(x), model(x), 1e-12)
-        assert counter.frame_count == 2
-
-
-class Experts(nn.Module):
-    """Passes each token to one of two experts."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
-
-    def forward(self, x):
-        tokens = x.flatten(0, 1)
-        return torch.cat([expert(tokens[i::2]) for i, expert in enumerate(self.experts)])
-
-
-class TestRefused:
-    @pytest.mark.parametrize(
-        ("rows", "message"),
-        [
-            (["math", "maths"], "'maths' in this model; it has 'math', 'chat', 'code'"),
-            (["math", ["chat", "math", "chat"]], "'chat' is named twice"),
-            ([[]], "no adapter is named"),
-            ([], "an entry for each row"),
-            ("math", "an entry for each row, not 'math'"),
-            ([3], "for rows, not 3"),
-        ],
-        ids=str,
-    )
-    def test_entries(self, tiny_llama, rows, message):
-        model = wrapped(tiny_llama())
-        with pytest.raises(AdapterError, match=message), adapters_per_row(model, rows):
-            pass
-        assert model.model.layers[0].self_attn.q_proj.rows is None
-
-    @pytest.mark.parametrize(
-        ("shape", "rows"),
-        [((4, 9, 64), 3), ((2, 9, 64), 4), ((1, 9, 64), 2), ((6, 64), 3), ((64,), 1), ((64,), 64)],
-        ids=str,
-    )
-    def test_inputs_without_the_rows(self, tiny_llama, shape, rows):
-        model = wrapped(tiny_llama())
-        layer = model.model.layers[1].self_attn.q_proj
-        with (
-            adapters_per_row(model, [None] * rows),
-            pytest.raises(AdapterError, match=r"^model\.layers\.1\.self_attn\.q_proj: its input of \(.* the \d+ rows"),
-        ):
-            layer(torch.randn(shape))
-
-    def test_routed_experts(self):
-        """Even where an expert happens to get as many tokens as there are rows."""
-        model = oftv2.wrap_model(Experts(), block_size=4)
-        with (
-            adapters_per_row(model, ["default", None]),
-            pytest.raises(AdapterError, match=r"^experts\.0: its input of \(2, 16\)"),
-        ):
-            model(torch.randn(2, 2, 16))
-
-    def test_models(self, tiny_llama):
-        with pytest.raises(AdapterError, match="no oftv2 adapter"), adapters_per_row(tiny_llama(), ["math"]):
-            pass
-        model = wrapped(tiny_llama())
-        with (
-            oftv2.disable_adapter(model),
-            pytest.raises(AdapterError, match="disabled"),
-            adapters_per_row(model, ["math"]),
-        ):
-            pass
-        oftv2.merge(model, unload=False)
-        with pytest.raises(AdapterError, match="merged"), adapters_per_row(model, ["math"]):
-            pass
-        lengthwise = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8))
-        oftv2.wrap_model(lengthwise, block_size=4, target_modules=["0"])
-        with (
-            pytest.raises(AdapterError, match=r"^1 has batch_first=False"),
-            adapters_per_row(lengthwise, ["default"]),
-        ):
-            pass
-
-    @pytest.mark.parametrize("active", ["plain", "full"])
-    def test_parameters_trained_in_full(self, tiny_llama, active):
-        model = oftv2.wrap_model(tiny_llama(), adapter_name="full", block_size=8, modules_to_save=["norm"])
-        oftv2.add_adapter(model, "plain", block_size=8)
-        oftv2.set_adapter(model, active)
-        rows = ["plain", "full"] if active == "plain" else ["plain", None]
-        with (
-            pytest.raises(AdapterError, match=r"'full' trains model\.norm\.weight in full"),
-            adapters_per_row(model, rows),
-        ):
-            pass
-        if active == "plain":
-            with adapters_per_row(model, ["plain", None]):
-                model(torch.ones(2, 3, dtype=torch.long))
-
-    def test_changes_within(self, tiny_llama):
-        model = wrapped(tiny_llama())
-        with adapters_per_row(model, ROWS):
-            for change in (
-                lambda: oftv2.set_adapter(model, "chat"),
-                lambda: oftv2.add_adapter(model, "new"),
-                lambda: oftv2.delete_adapter(model, "chat"),
-                lambda: oftv2.merge(model),
-            ):
-                with pytest.raises(AdapterError, match=r"row by row: leave adapters_per_row\(model\) first"):
-                    change()
-        assert oftv2.adapter_names(model) == ["math", "chat", "code"]
-
-
-def test_benchmark_on_tiny_sizes():
-    rows = list(suite_rows.measure(Options(quick=True, rounds=2, only="layer.* 8 adapters")))
-    assert [row["method"] for row in rows] == ["frozen", "one adapter", "rows", "rows, anew", "one by one"] * 2
-    for row in rows:
-        assert row["ms_q1"] <= row["ms"] <= row["ms_q3"]
-        assert row["error"] < 1e-5
-        assert row["generator_bytes"] == 8 * 2 * (32 * 31 // 2) * 4
-        assert row["kept_delta_bytes"] == 8 * 2 * 32 * 32 * 4
-    how = {"device": "cpu", "dtype": "float32", "quick": True}
-    assert in_fresh_process("suite_rows:memory_growth", count=64, **how) > 2**20

@@ -9,13 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import build, perturb, randomize
+from conftest import block_sizes, build, perturb, randomize, trainable
 from oftv2 import (
     AdapterError,
     OFTConfig,
-    OFTLayer,
     disable_adapter,
     load_adapter,
     merge,
@@ -23,27 +21,13 @@ from oftv2 import (
     unwrap_model,
     wrap_model,
 )
+from small_models import IDS, VECTORS, answer, embedding, gpt2, linear
 
-VECTORS = torch.randn(5, 32, generator=torch.Generator().manual_seed(7))
 IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(8))
-IDS = torch.arange(12).view(2, 6)
-
-
-def linear():
-    return nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def embedding():
-    return nn.Sequential(nn.Embedding(12, 16), nn.Linear(16, 8))
 
 
 def conv2d():
     return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 3))
-
-
-def gpt2():
-    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-    return GPT2LMHeadModel(config)
 
 
 CASES = {
@@ -70,44 +54,30 @@ CASES = {
 }
 
 
-@torch.no_grad()
-def output(model, inputs):
-    result = model(inputs)
-    return getattr(result, "logits", result)
-
-
-def trainable(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def sizes(model):
-    return {path: layer.rotation.block_size for path, layer in model.named_modules() if isinstance(layer, OFTLayer)}
-
-
 # ---------------------------------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize(("make", "inputs", "fields"), CASES.values(), ids=CASES.keys())
 def test_round_trip_is_bit_exact(make, inputs, fields, tmp_path):
     model = build(make)
-    plain = output(model, inputs)
+    plain = answer(model, inputs)
     trained = perturb(wrap_model(model, **fields))
-    wanted = output(trained, inputs)
+    wanted = answer(trained, inputs)
     assert not torch.allclose(wanted, plain, atol=1e-3)
     assert save_adapter(trained, tmp_path) == tmp_path
 
     fresh = build(make)
     loaded = load_adapter(fresh, tmp_path)
     assert loaded is fresh
-    assert torch.equal(output(loaded, inputs), wanted)
-    assert sizes(loaded) == sizes(trained)
+    assert torch.equal(answer(loaded, inputs), wanted)
+    assert block_sizes(loaded) == block_sizes(trained)
     assert trainable(loaded) == set()
 
     wrapped = wrap_model(build(make), **fields)
-    filled = output(wrapped, inputs)  # fills the cache of rotations, which the load must drop
+    filled = answer(wrapped, inputs)  # fills the cache of rotations, which the load must drop
     torch.testing.assert_close(filled, plain, rtol=1e-6, atol=1e-6)
     load_adapter(wrapped, tmp_path)
-    assert torch.equal(output(wrapped, inputs), wanted)
+    assert torch.equal(answer(wrapped, inputs), wanted)
     assert trainable(wrapped) == trainable(trained)
     for mine, theirs in zip(trained.state_dict().items(), wrapped.state_dict().items(), strict=True):
         assert mine[0] == theirs[0]
@@ -116,7 +86,7 @@ def test_round_trip_is_bit_exact(make, inputs, fields, tmp_path):
 
 @pytest.mark.parametrize(("make", "inputs", "fields"), CASES.values(), ids=CASES.keys())
 def test_a_loaded_adapter_saves_to_the_same_files_and_comes_off_again(make, inputs, fields, tmp_path):
-    plain = output(build(make), inputs)
+    plain = answer(build(make), inputs)
     save_adapter(perturb(wrap_model(build(make), **fields)), tmp_path / "a")
     loaded = load_adapter(build(make), tmp_path / "a")
     save_adapter(loaded, tmp_path / "b")
@@ -127,8 +97,8 @@ def test_a_loaded_adapter_saves_to_the_same_files_and_comes_off_again(make, inpu
         assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in sorted(one.keys()))
     assert (tmp_path / "a/adapter_config.json").read_bytes() == (tmp_path / "b/adapter_config.json").read_bytes()
     with disable_adapter(loaded):
-        assert torch.equal(output(loaded, inputs), plain)
-    assert torch.equal(output(unwrap_model(loaded), inputs), plain)
+        assert torch.equal(answer(loaded, inputs), plain)
+    assert torch.equal(answer(unwrap_model(loaded), inputs), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=["fp64", "bf16", "fp16"])
@@ -139,7 +109,7 @@ def test_round_trip_on_bases_of_other_dtypes(dtype, fields, tmp_path):
     assert {p.dtype for name, p in trained.named_parameters() if "generators" in name} == {wide}
     save_adapter(trained, tmp_path)
     loaded = load_adapter(build(linear, dtype), tmp_path)
-    assert torch.equal(output(loaded, VECTORS.to(dtype)), output(trained, VECTORS.to(dtype)))
+    assert torch.equal(answer(loaded, VECTORS.to(dtype)), answer(trained, VECTORS.to(dtype)))
 
 
 def test_an_adapter_trained_on_fp32_loads_into_a_bf16_base_without_loss(tmp_path):
@@ -153,7 +123,7 @@ def test_an_adapter_trained_on_fp32_loads_into_a_bf16_base_without_loss(tmp_path
             assert theirs[name].dtype == torch.float32
             assert torch.equal(theirs[name], parameter)
     torch.testing.assert_close(
-        output(loaded, VECTORS.bfloat16()).float(), output(trained, VECTORS), atol=0.02, rtol=0.02
+        answer(loaded, VECTORS.bfloat16()).float(), answer(trained, VECTORS), atol=0.02, rtol=0.02
     )
 
 
@@ -182,7 +152,7 @@ def test_training_goes_on_from_where_it_was(tmp_path):
     trained = step(wrap_model(build(linear), block_size=8))
     save_adapter(trained, tmp_path)
     resumed = load_adapter(build(linear), tmp_path, trainable=True)
-    assert torch.equal(output(step(resumed), VECTORS), output(step(trained), VECTORS))
+    assert torch.equal(answer(step(resumed), VECTORS), answer(step(trained), VECTORS))
 
 
 def test_loading_replaces_an_adapter_that_was_loaded_before(tmp_path):
@@ -190,10 +160,10 @@ def test_loading_replaces_an_adapter_that_was_loaded_before(tmp_path):
         model = wrap_model(build(linear), block_size=8)
         randomize(model, seed=seed)
         save_adapter(model, tmp_path / str(seed))
-    wanted = output(model, VECTORS)
+    wanted = answer(model, VECTORS)
     again = load_adapter(build(linear), tmp_path / "1")
-    assert not torch.allclose(output(again, VECTORS), wanted)
-    assert torch.equal(output(load_adapter(again, tmp_path / "2"), VECTORS), wanted)
+    assert not torch.allclose(answer(again, VECTORS), wanted)
+    assert torch.equal(answer(load_adapter(again, tmp_path / "2"), VECTORS), wanted)
 
 
 def test_a_transformers_model_generates_the_same_after_a_round_trip(tiny_llama, tmp_path):
@@ -235,7 +205,7 @@ def test_the_json_beside_it_is_not_needed(tmp_path):
     trained = perturb(wrap_model(build(linear), block_size=8))
     save_adapter(trained, tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    assert torch.equal(output(load_adapter(build(linear), tmp_path), VECTORS), output(trained, VECTORS))
+    assert torch.equal(answer(load_adapter(build(linear), tmp_path), VECTORS), answer(trained, VECTORS))
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
@@ -254,7 +224,7 @@ def test_an_adapter_has_its_name_in_the_model_and_none_in_the_file(tmp_path):
     save_adapter(trained, tmp_path, adapter_name="french")
     loaded = load_adapter(build(linear), tmp_path, adapter_name="english")
     assert all("generators.english" in name for name, _ in loaded.named_parameters() if "generators" in name)
-    assert torch.equal(output(loaded, VECTORS), output(trained, VECTORS))
+    assert torch.equal(answer(loaded, VECTORS), answer(trained, VECTORS))
 
 
 # ---------------------------------------------------------------------------------------------- what is not saved
@@ -286,11 +256,11 @@ REFUSED = {
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_loaded_is_not_written_over_a_good_adapter(spoil, message, tmp_path):
     model = perturb(wrap_model(build(linear), block_size=8, modules_to_save=("4",)))
-    wanted = output(model, VECTORS)
+    wanted = answer(model, VECTORS)
     save_adapter(model, tmp_path)
     spoil(model)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(AdapterError, match=message):
             save_adapter(model, folder)
     assert not (tmp_path / "new").exists()
-    assert torch.equal(output(load_adapter(build(linear), tmp_path), VECTORS), wanted)
+    assert torch.equal(answer(load_adapter(build(linear), tmp_path), VECTORS), wanted)

@@ -1,4 +1,4 @@
-"""Files that are damaged or do not fit: one error that lists all that is wrong, and the model stays as it was."""
+"""Damaged files: one error that lists all that is wrong, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -7,35 +7,14 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from test_targets_refused import snapshot
-from torch import nn
 
-from oftv2 import AdapterError, load_adapter, merge, save_adapter, wrap_model
-
-FILE = "adapter_model.safetensors"
-FIELDS = {"block_size": 8, "modules_to_save": ("4",)}
-KEY = "base_model.model.{}.oft_R.weight"
-
-
-def build(seed=11, sizes=(32, 24, 16), kind=nn.Sequential):
-    torch.manual_seed(seed)
-    a, b, c = sizes
-    return kind(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c), nn.Tanh(), nn.Linear(c, 4)).eval()
+from loading_faults import FILE, KEY, beside, plain, read, refused, saved_adapter, wrapped
+from oftv2 import load_adapter
 
 
 @pytest.fixture
 def folder(tmp_path):
-    model = wrap_model(build(), **FIELDS)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return save_adapter(model, tmp_path / "adapter")
-
-
-def read(folder):
-    with safetensors.safe_open(folder / FILE, "pt") as file:
-        return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata()
+    return saved_adapter(tmp_path / "adapter")
 
 
 def rewrite(folder, change_tensors=lambda tensors: None, change_manifest=lambda manifest: None):
@@ -46,32 +25,7 @@ def rewrite(folder, change_tensors=lambda tensors: None, change_manifest=lambda 
     safetensors.torch.save_file(tensors, folder / FILE, {**metadata, "oftv2": json.dumps(manifest)})
 
 
-def plain(**fields):
-    return lambda: build(**fields)
-
-
-def wrapped(**fields):
-    return lambda: wrap_model(build(), **{**FIELDS, **fields})
-
-
-def beside():
-    return wrap_model(build(), adapter_name="other", block_size=4, modules_to_save=("0",))
-
-
 BASES = pytest.mark.parametrize("make", [plain(), wrapped(), beside], ids=["plain", "wrapped", "beside"])
-
-
-def refused(make, folder, *messages, **options):
-    """Loading raises one AdapterError with all of ``messages`` and leaves the model exactly as it was."""
-    model = make()
-    options |= {"adapter_name": "new"} if make is beside else {}
-    before = snapshot(model)
-    with pytest.raises(AdapterError) as caught:
-        load_adapter(model, folder, **options)
-    for message in messages:
-        assert message in str(caught.value)
-    assert snapshot(model) == before
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------- unreadable files
@@ -258,54 +212,3 @@ def test_a_long_list_of_faults_is_cut(folder):
     lines = refused(plain(), folder).splitlines()
     assert len(lines) == 1 + 12 + 1
     assert lines[-1].strip() == "… and 18 more"
-
-
-# ---------------------------------------------------------------------------------------------- other models
-
-
-OTHER = {
-    "widths": (plain(sizes=(16, 40, 16)), ["0: ", "(4, 28)", "(2, 28)", "2: ", "(3, 28)", "(5, 28)"]),
-    "no-divisor": (plain(sizes=(36, 24, 16)), ["0: saved with block size 8, which does not divide 36 features here"]),
-    "fewer-layers": (lambda: build()[:1], ["2: this Sequential has no such module", "4.weight", "4.bias"]),
-    "other-kind": (lambda: nn.Sequential(nn.ReLU(), *build()[1:]), ["0: this Sequential has a ReLU there"]),
-    "wrapped-sizes": (wrapped(block_size=4), ["0: block_size is 8 in the file, 4 here", "2: block_size is 8"]),
-    "wrapped-terms": (wrapped(neumann_terms=2), ["0: terms is 4 in the file, 2 here"]),
-    "wrapped-kind": (wrapped(parametrization="cayley"), ["parametrization is 'cayley_neumann' in the file, 'cayley'"]),
-    "wrapped-fewer": (wrapped(target_modules=("0",)), ["2: in the file, not adapted in this model"]),
-    "wrapped-more": (wrapped(modules_to_save=()), ["4: adapted in this model, not in the file", "4.weight", "4.bias"]),
-    "wrapped-name": (wrapped(adapter_name="french"), ["has no adapter 'default'"]),
-    "merged": (lambda: merge(wrapped()(), unload=False), ["is merged: call unmerge first"]),
-    "layer": (lambda: nn.Linear(32, 24), ["itself a Linear"]),
-    "nested": (lambda: nn.Sequential(wrapped()()), ["adapted layers already"]),
-    "embedding": (lambda: nn.Sequential(nn.Embedding(24, 32), *build()[1:]), ["0: the base weights differ"]),
-}
-
-
-@pytest.mark.parametrize(("make", "messages"), OTHER.values(), ids=OTHER.keys())
-def test_models_that_do_not_fit(make, messages, folder):
-    refused(make, folder, *messages)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "wrapped"])
-def test_other_base_weights(wrap, dtype, folder):
-    def make():
-        model = build(seed=12).to(dtype)
-        return wrap_model(model, **FIELDS) if wrap else model
-
-    refused(make, folder, "0: the base weights differ by 1", "2: the base weights differ", "check_base=False")
-    model = load_adapter(make(), folder, check_base=False)
-    tensors, _ = read(folder)
-    assert torch.equal(model[0].generators["default"], tensors[KEY.format(0)])
-    load_adapter(wrap_model(build(), **FIELDS).to(dtype), folder)  # the right weights, also rounded
-
-
-def test_weights_that_were_finetuned_are_other_weights(folder):
-    def make():
-        model = build()
-        with torch.no_grad():
-            model[2].weight.mul_(1 + 0.2 * torch.randn_like(model[2].weight))
-        return model
-
-    error = refused(make, folder, "2: the base weights differ by ")
-    assert "0: " not in error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import bitsandbytes
 import peft
@@ -11,29 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import snapshot
 from oftv2 import AdapterError, OFTConfig, OFTLinear, unwrap_model, wrap_model
-
-
-def snapshot(model):
-    """All that a refused call must not change: the modules themselves, flags, hooks, attributes and values."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return {
-        "modules": {path: (id(module), type(module), module.training) for path, module in modules.items()},
-        "hooks": {
-            path: [[id(hook) for hook in hooks.values()] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-            for path, m in modules.items()
-        },
-        "attributes": {path: sorted(module.__dict__) for path, module in modules.items()},
-        "parameters": {
-            name: (id(p), p.requires_grad, p.dtype, p.data_ptr())
-            for name, p in model.named_parameters(remove_duplicate=False)
-        },
-        "values": {name: value.double().numpy().tobytes() for name, value in model.state_dict().items()},
-    }
-
-
-def mlp(*sizes):
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+from small_models import mlp
 
 
 def encoder():

@@ -1,0 +1,148 @@
+"""Which modules an adapter goes on, by kinds of models: plain containers, GPT-2, shared modules, torch's encoders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from conftest import adapted_paths, randomize, trainable
+from oftv2 import (
+    OFTConfig,
+    OFTEmbedding,
+    OFTLayer,
+    OFTLinear,
+    disable_adapter,
+    merge,
+    unwrap_model,
+    wrap_model,
+)
+from small_models import mlp
+
+
+def encoder(**fields):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **fields)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def test_plain_models_of_sequential_and_moduledict():
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 16), "body": mlp(16, 32, 16)})
+    wrap_model(model, OFTConfig(block_size=8))
+    assert adapted_paths(model) == {"body.0", "body.1"}
+    assert type(model["embed"]) is nn.Embedding
+    wrap_model(unwrap_model(model), block_size=8, target_modules=("embed", "1"))
+    assert adapted_paths(model) == {"embed", "body.1"}
+    assert isinstance(model["embed"], OFTEmbedding)
+    ids = torch.arange(10)
+    plain = model["body"](model["embed"](ids))
+    randomize(model)
+    changed = model["body"](model["embed"](ids))
+    assert not torch.allclose(plain, changed)
+    with disable_adapter(model):
+        assert torch.equal(model["body"](model["embed"](ids)), plain)
+
+
+def test_gpt2s_conv1d(tiny_gpt2):
+    ids = torch.arange(8)[None]
+    plain = tiny_gpt2(ids).logits
+    wrap_model(tiny_gpt2, block_size=8)
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert adapted_paths(tiny_gpt2) == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in names}
+    assert all(type(module) is OFTLinear for module in tiny_gpt2.modules() if isinstance(module, OFTLayer))
+    assert torch.equal(tiny_gpt2(ids).logits, plain)
+    assert tiny_gpt2.transformer.h[0].mlp.c_proj.generators["default"].shape == (8, 28)  # d is 64: the rows of (d, n)
+    tiny_gpt2(ids).logits.square().sum().backward()
+    gradients = [p.grad for p in tiny_gpt2.parameters() if p.requires_grad]
+    assert len(gradients) == 8
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.fixture
+def tiny_gpt2():
+    config = GPT2Config(vocab_size=64, n_embd=16, n_inner=64, n_layer=2, n_head=2, n_positions=32)
+    return GPT2LMHeadModel(config).eval()
+
+
+class Shared(nn.Module):
+    """One linear layer at two paths of its own, and inside one block at two paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second = self.first
+        self.block = nn.Sequential(nn.Linear(16, 16))
+        self.again = self.block
+
+    def forward(self, x):
+        return self.again(self.block(self.second(self.first(x).tanh()).tanh()).tanh())
+
+
+def test_a_shared_module_gets_one_adapter_at_all_its_paths():
+    model, x = Shared(), torch.randn(5, 16)
+    original, plain = model.first, model(x)
+    wrap_model(model, block_size=8)
+    assert adapted_paths(model) == {"first", "second", "block.0", "again.0"}
+    assert model.first is model.second
+    assert model.block is model.again
+    assert trainable(model) == {"first.generators.default", "block.0.generators.default"}
+    randomize(model, std=0.2)
+    turned = model(x)
+    R = torch.block_diag(*(model.first.delta().detach() + torch.eye(8)))
+    S = torch.block_diag(*(model.block[0].delta().detach() + torch.eye(8)))
+    y = x
+    for _ in range(2):
+        y = original(y @ R).tanh()
+    y = model.block[0].base_layer(y @ S).tanh()
+    torch.testing.assert_close(turned, model.block[0].base_layer(y @ S))
+    unwrap_model(model)
+    assert model.first is original
+    assert model.second is original
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("path", ["first", "second"])
+def test_a_shared_module_can_be_named_by_any_of_its_paths(path):
+    assert adapted_paths(wrap_model(Shared(), block_size=8, target_modules=(path,))) == {"first", "second"}
+
+
+@pytest.mark.parametrize("path", ["first", "second"])
+def test_excluding_one_path_of_a_shared_module_excludes_the_module(path):
+    assert adapted_paths(wrap_model(Shared(), block_size=8, exclude_modules=(path,))) == {"block.0", "again.0"}
+
+
+@pytest.mark.parametrize(
+    ("where", "mask"),
+    [("encoder", False), ("encoder", True), ("layer", False), ("layer", True), ("nested", False)],
+    ids=["encoder", "encoder-padded", "layer", "layer-padded", "nested"],
+)
+def test_torchs_fused_encoder_does_not_bypass_the_adapter(where, mask):
+    model = nn.Sequential(encoder()) if where == "nested" else encoder() if where == "encoder" else encoder().layers[0]
+    nested = [module.use_nested_tensor for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    x = torch.randn(3, 5, 16)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    arguments = {"src_key_padding_mask": padding} if mask else {}
+    kept = ~padding if mask else torch.ones(3, 5, dtype=torch.bool)
+
+    def run(fast):
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(fast)
+        try:
+            with torch.no_grad():
+                return model(x, **arguments)[kept]
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
+
+    plain = run(fast=True)
+    wrap_model(model, block_size=8)
+    assert {path.rsplit(".", 1)[-1] for path in adapted_paths(model)} == {"linear1", "linear2"}  # no out_proj
+    torch.testing.assert_close(run(fast=True), plain)
+    randomize(model, std=0.3)
+    model.eval()  # what is written through .data shows after a change of mode
+    slow = run(fast=False)
+    assert (slow - plain).abs().max() > 0.05
+    torch.testing.assert_close(run(fast=True), slow)
+    merge(model)
+    torch.testing.assert_close(run(fast=True), slow)
+    after = [module.use_nested_tensor for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    assert after == nested
