@@ -51,7 +51,7 @@ def push_adapters(
                 continue
             (folder / place).mkdir(parents=True, exist_ok=True)
             shutil.copy(card, folder / place / CARD_FILE)
-        save_adapters(model, folder, names)
+        save_adapters(model, folder, adapter_names)
         return upload_adapters(folder, repo_id, list(names.values()), token=token, **options)
 
 
