@@ -80,6 +80,7 @@ def refused(make, folder, *messages, **options):
 @BASES
 def test_missing_folder(make, tmp_path):
     refused(make, tmp_path / "nowhere", str(tmp_path / "nowhere"), "is not a folder", "save_adapter")
+    refused(make, "user/adapter", "is not a folder", "huggingface_hub.snapshot_download('user/adapter')")
 
 
 @BASES
