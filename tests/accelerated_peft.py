@@ -7,6 +7,11 @@ parameterized installed:
     PYTHONPATH=path/to/oftv2/tests python -m pytest -p accelerated_peft -o addopts= tests/test_custom_models.py \
         -k "OFT and not BOFT and not PSOFT"
 
+The other files with cases of OFT (decoder, encoder-decoder and feature extraction models, sequence classification,
+quantization, Stable Diffusion, vision models, ``torch.compile``) take tiny models from the Hub. With transformers 5.23,
+whose deprecations PEFT's own settings turn into errors, their tests of models fail without this plugin too, unless
+``"ignore:.*gradient_checkpointing.*:FutureWarning"`` goes into the ``filterwarnings`` of its ``pyproject.toml``.
+
 The outcome of every test is to be the one without ``-p accelerated_peft``. The last line tells how many calls of PEFT's
 rotations ran on the operators of this library; a run with none fails.
 """
