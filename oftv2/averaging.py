@@ -26,6 +26,8 @@ from .targets import Target
 _MAX_STEPS = 200
 _CONVERGED = 1e-12  # ‖Σ wᵢ log(RᵀRᵢ)‖_F; rounding leaves about 1e-14
 _NEAR_PI = 1e-6
+_EPS = torch.finfo(torch.float64).eps
+_SERIES = 0.64  # ‖Q‖₂², at which the series of 80 terms takes 18 products; rotations by 77 degrees
 
 
 class NoMeanError(ValueError):
@@ -116,7 +118,7 @@ def _mean_generators(layer: OFTLayer, names: Sequence[str], shares: Tensor, shar
     nothing = torch.zeros_like(wide[present[0]])
     rotations = torch.stack([wide.get(name, nothing) for name in names]) + torch.eye(size, dtype=torch.float64)
     mean = karcher_mean(nearest_rotation(rotations), shares)
-    _refuse(rotation_angles(mean), math.pi - _NEAR_PI, "their mean is half a turn, which no generators make")
+    _refuse_beyond(math.pi - _NEAR_PI, mean, "their mean is half a turn, which no generators make")
     return pack(inverse_cayley(mean))
 
 
@@ -131,7 +133,7 @@ def _block_size(packed: Tensor) -> int:
 def karcher_mean(rotations: Tensor, weights: Tensor) -> Tensor:
     """The weighted mean of rotations ``(k, r, b, b)`` in float64, block by block: ``(r, b, b)``.
 
-    ``R ← R exp(Σ wᵢ log(RᵀRᵢ))`` from the entrywise mean, which is near; with the Cayley transform in place of the
+    ``R ← R exp(α Σ wᵢ log(RᵀRᵢ))`` from the entrywise mean, which is near; with the Cayley transform in place of the
     exponential, which differs in third order, stays on the group too, and leaves the fixed point as it is.
 
     Args:
@@ -144,24 +146,70 @@ def karcher_mean(rotations: Tensor, weights: Tensor) -> Tensor:
     """
     rotations, weights = rotations[weights > 0], weights[weights > 0]
     for first, second in combinations(rotations, 2):
-        _refuse(rotation_angles(first.mT @ second), math.pi - _NEAR_PI, "two of them are half a turn apart")
+        _refuse_beyond(math.pi - _NEAR_PI, first.mT @ second, "two of them are half a turn apart")
     mean = nearest_rotation(torch.einsum("k,krij->rij", weights, rotations))
-    for _ in range(_MAX_STEPS):
-        step = torch.einsum("k,krij->rij", weights, log_rotation(mean.mT @ rotations))
-        mean = mean @ cayley(step / 2)
-        length = torch.linalg.matrix_norm(step)
-        if length.amax() <= _CONVERGED:
+    step, length = torch.zeros_like(mean), torch.full(mean.shape[:1], torch.inf, dtype=mean.dtype)
+    rate = torch.ones_like(mean[:, :1, :1])
+    for count in range(_MAX_STEPS):
+        left = length > _CONVERGED  # blocks that are not there yet
+        found = torch.einsum("k,krij->rij", weights, log_rotation(mean[left].mT @ rotations[:, left]))
+        length[left] = torch.linalg.matrix_norm(found)
+        if count:
+            rate[left] = _next_rate(rate[left], step[left], found)
+        mean[left] = mean[left] @ cayley(rate[left] * found / 2)
+        step[left] = found
+        if not (length > _CONVERGED).any():
             break
     _refuse(length, _CONVERGED, f"no convergence in {_MAX_STEPS} steps")
-    farthest = torch.stack([rotation_angles(mean.mT @ rotation) for rotation in rotations]).amax(0)
-    if len(rotations) > 2:
-        _refuse(farthest, math.pi / 2, "some are more than a quarter turn from their mean")
-    _refuse(farthest, math.pi - _NEAR_PI, "no convergence")
+    for rotation in rotations:
+        apart = mean.mT @ rotation
+        if len(rotations) > 2:
+            _refuse_beyond(math.pi / 2, apart, "some are more than a quarter turn from their mean")
+        _refuse_beyond(math.pi - _NEAR_PI, apart, "no convergence")
     return mean
 
 
+def _next_rate(rate: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """How far to go along ``Σ wᵢ log(RᵀRᵢ)`` ``(r, b, b)``, judged by what the last step left of it (Barzilai–Borwein).
+
+    Rotations that are far apart curve the sum of squares less than ones that are near, for which 1 is right.
+    """
+    expected = (before * (before - after)).sum((1, 2), keepdim=True)
+    return (rate * before.square().sum((1, 2), keepdim=True) / expected).nan_to_num(1.0).clamp(1, 2)
+
+
 def nearest_rotation(matrices: Tensor) -> Tensor:
-    """The nearest rotation to each of ``(..., b, b)`` matrices, by the Frobenius norm."""
+    """The nearest rotation to each of ``(..., b, b)`` matrices, by the Frobenius norm.
+
+    Those that nearly are rotations by Newton's iteration, batched products, which is ten times as fast as the singular
+    value decomposition that the others take.
+    """
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    near = (torch.linalg.matrix_norm(_beyond_orthogonal(flat)) < 0.5) & (torch.linalg.det(flat) > 0)
+    out = torch.empty_like(flat)
+    if near.any():
+        out[near] = _orthogonalized(flat[near])
+    if not near.all():
+        out[~near] = _decomposed(flat[~near])
+    return out.view_as(matrices)
+
+
+def _beyond_orthogonal(matrices: Tensor) -> Tensor:
+    return matrices.mT @ matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+
+
+def _orthogonalized(matrices: Tensor) -> Tensor:
+    """The orthogonal polar factors of nearly orthogonal ``(n, b, b)``: ``X ← X − X(XᵀX − I)/2`` squares the error."""
+    error = 1.0
+    while error > 1e-8:
+        beyond = _beyond_orthogonal(matrices)
+        matrices = matrices - matrices @ beyond / 2
+        error = torch.linalg.matrix_norm(beyond).amax().item()
+    return matrices
+
+
+def _decomposed(matrices: Tensor) -> Tensor:
+    """The nearest rotations to any ``(n, b, b)``."""
     left, singular, right = torch.linalg.svd(matrices)
     signs = torch.ones_like(singular)
     signs[..., -1] = torch.linalg.det(left @ right)
@@ -178,10 +226,48 @@ def inverse_cayley(rotations: Tensor) -> Tensor:
 def log_rotation(rotations: Tensor) -> Tensor:
     """The principal logarithm of rotations ``(..., b, b)``, skew-symmetric; no logarithm of those that turn by π.
 
-    ``iQ`` of the inverse Cayley transform is Hermitian, and has the eigenvalue ``tan(θ/2)`` where R has ``e^(−iθ)``.
+    ``log R = 2 artanh Q`` with the inverse Cayley transform ``Q``: a series of batched products where it is short.
     """
-    values, vectors = torch.linalg.eigh(1j * inverse_cayley(rotations).nan_to_num(0, 0, 0))
-    return ((vectors * (-2j * torch.atan(values))[..., None, :]) @ vectors.mH).real
+    Q = inverse_cayley(rotations).nan_to_num(0, 0, 0)
+    Q = Q.view(-1, *Q.shape[-2:])
+    square = Q @ Q
+    fourth = square @ square
+    bound = torch.linalg.matrix_norm(fourth).sqrt()  # of ‖Q‖₂², at most b^¼ times as large
+    near = bound <= _SERIES
+    out = torch.empty_like(Q)
+    if near.any():
+        out[near] = _artanh_series(Q[near], [square[near], fourth[near]], bound[near].amax().item())
+    if not near.all():
+        out[~near] = _artanh(Q[~near])
+    return 2 * out.view_as(rotations)
+
+
+def _artanh_series(Q: Tensor, powers: list[Tensor], bound: float) -> Tensor:
+    """``Q Σ Q²ʲ/(2j + 1)`` to float64's precision, in about ``2√n`` products for ``n`` terms (Paterson–Stockmeyer).
+
+    Args:
+        Q (torch.Tensor): ``(n, b, b)``.
+        powers (list[torch.Tensor]): ``Q²`` and ``Q⁴``.
+        bound (float): of ``‖Q‖₂²``, below 1.
+    """
+    terms = max(3, math.ceil(math.log(_EPS) / math.log(max(bound, _EPS))))
+    width = max(2, math.isqrt(terms))
+    while len(powers) < width:
+        powers = [*powers, powers[-1] @ powers[0]]
+    total = torch.zeros_like(Q)
+    for start in range((terms - 1) // width * width, -1, -width):
+        if start + width < terms:
+            total = total @ powers[width - 1]
+        total.diagonal(dim1=-2, dim2=-1).add_(1 / (2 * start + 1))
+        for j, power in enumerate(powers[: width - 1], start + 1):
+            total.add_(power, alpha=1 / (2 * j + 1))
+    return Q @ total
+
+
+def _artanh(Q: Tensor) -> Tensor:
+    """Of any ``Q``: ``iQ`` is Hermitian, and has the eigenvalue ``tan(θ/2)`` where R has ``e^(−iθ)``."""
+    values, vectors = torch.linalg.eigh(1j * Q)
+    return ((vectors * (-1j * torch.atan(values))[..., None, :]) @ vectors.mH).real
 
 
 def rotation_angles(rotations: Tensor) -> Tensor:
@@ -190,6 +276,14 @@ def rotation_angles(rotations: Tensor) -> Tensor:
     defined = Q.isfinite().flatten(1).all(1)
     norms = spectral_norm(torch.where(defined[:, None, None], Q, 0.0))  # tan(θ/2)
     return torch.where(defined, 2 * torch.atan(norms), math.pi)
+
+
+def _refuse_beyond(angle: float, rotations: Tensor, reason: str) -> None:
+    """Raises NoMeanError for the block of ``(r, b, b)`` that turns most, if by more than the angle."""
+    angles = 2 * torch.atan(torch.linalg.matrix_norm(inverse_cayley(rotations)))  # or less
+    doubtful = ~(angles <= angle)
+    angles[doubtful] = rotation_angles(rotations[doubtful])
+    _refuse(angles.masked_fill(~doubtful, 0), angle, reason)
 
 
 def _refuse(values: Tensor, limit: float, reason: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import oftv2
 from conftest import build, snapshot
 from named_adapters import FIELDS, output, randomize
-from oftv2 import AdapterError, reference
+from oftv2 import AdapterError, averaging, reference
 from oftv2.averaging import (
     NoMeanError,
     inverse_cayley,
@@ -108,6 +108,42 @@ def test_logarithms_and_the_inverse_cayley_transform(size):
     torch.testing.assert_close(nearest_rotation(1.7 * R), R, rtol=0, atol=1e-12)
     angles = torch.tensor([30.0, 70.0], dtype=WIDE).deg2rad()
     torch.testing.assert_close(rotation_angles(planar(30, -70)[:, 0]), angles, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 0.01, 1.0, 30.0, 75.0, 79.0, 120.0, 179.0])
+def test_logarithms_of_small_and_large_rotations_in_one_batch(degrees):
+    """By the series of products, and by eigenvectors where it would be long."""
+    generator = torch.Generator().manual_seed(0)
+    turn = planar(degrees, -degrees / 2, degrees / 3)[:, 0]
+    frame = rotations(1, 1, 6, std=2.0)[0, 0]
+    R = torch.stack([frame @ torch.block_diag(*turn) @ frame.mT, *rotations(1, 4, 6, std=0.1)[0]])
+    R = R[torch.randperm(5, generator=generator)]
+    found = log_rotation(R)
+    torch.testing.assert_close(found, -found.mT, rtol=0, atol=1e-15)
+    torch.testing.assert_close(exp(found), R, rtol=0, atol=1e-13)
+    assert torch.linalg.matrix_norm(found, 2).max() <= math.pi
+    torch.testing.assert_close(torch.stack([log_rotation(one) for one in R]), found, rtol=0, atol=1e-14)
+
+
+def test_the_nearest_rotation_is_that_of_the_singular_value_decomposition():
+    R = rotations(1, 4, 8)[0]
+    generator = torch.Generator().manual_seed(0)
+    for noise in (0.0, 1e-6, 0.03, 0.3, 3.0):
+        matrices = R + noise * torch.randn(R.shape, generator=generator, dtype=WIDE)
+        left, _, right = torch.linalg.svd(matrices)
+        left[..., -1] *= torch.linalg.det(left @ right)[:, None]
+        torch.testing.assert_close(nearest_rotation(matrices), left @ right, rtol=0, atol=1e-12)
+        torch.testing.assert_close(nearest_rotation(matrices[1]), (left @ right)[1], rtol=0, atol=1e-12)
+
+
+def test_ordinary_adapters_take_products_and_no_decompositions(monkeypatch):
+    """Which take seconds for many blocks, and minutes for large ones."""
+    for name in ("_decomposed", "_artanh"):
+        monkeypatch.setattr(averaging, name, None)
+    packed = 0.02 * torch.randn(3, 4, 32 * 31 // 2, generator=torch.Generator().manual_seed(0), dtype=WIDE)
+    R = torch.stack([reference.cayley_neumann(reference.skew(one, 32), 4) for one in packed])
+    mean = karcher_mean(nearest_rotation(R), equal(3))
+    assert torch.linalg.matrix_norm(mean.mT @ mean - torch.eye(32, dtype=WIDE)).max() < 1e-12
 
 
 @pytest.mark.parametrize(
