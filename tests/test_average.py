@@ -13,14 +13,7 @@ import oftv2
 from conftest import build, snapshot
 from named_adapters import FIELDS, output, randomize
 from oftv2 import AdapterError, reference
-from oftv2.averaging import (
-    NoMeanError,
-    inverse_cayley,
-    karcher_mean,
-    log_rotation,
-    nearest_rotation,
-    rotation_angles,
-)
+from oftv2.averaging import NoMeanError, inverse_cayley, karcher_mean, log_rotation, nearest_rotation, rotation_angles
 from small_models import linear
 
 WIDE = torch.float64
