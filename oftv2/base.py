@@ -261,7 +261,8 @@ class OFTLayer(MergeableLayer):
         plain = rotation.parametrization == "cayley_neumann" and not (self.training and rotation.dropout)
         if not (plain and self._changes(self.sequence)):
             return None
-        return rotation.effective(self.generators[self.active]).expand(rotation.num_blocks, -1)
+        packed = rotation.effective(self.generators[self.active])
+        return packed.expand(rotation.num_blocks, -1) if rotation.block_share else packed
 
     def _check_norms(self, names: Sequence[str]) -> None:
         """Warns, once, when a series is about to diverge."""

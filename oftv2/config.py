@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -171,10 +172,7 @@ class OFTConfig:
         Raises:
             ConfigError: for unknown fields, with the ones that exist, and for values that are not allowed.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"OFTConfig has no field {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        _refuse_unknown(values)
         return cls(**values)
 
     @classmethod
@@ -194,9 +192,11 @@ class OFTConfig:
         this library's.
 
         Raises:
-            ConfigError: a field under both of its names.
+            ConfigError: a field under both of its names, or one that there is not.
         """
-        return _translated(peft_config.renamed, values)
+        own = _translated(peft_config.renamed, values)
+        _refuse_unknown(own)
+        return own
 
     def to_json(self) -> str:
         """The configuration as indented JSON text."""
@@ -212,6 +212,15 @@ class OFTConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"the configuration must be a JSON object, and this is a {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(OFTConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=2)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise ConfigError(f"OFTConfig has no field {', '.join(map(repr, unknown))}; {hint}It has {', '.join(known)}")
 
 
 def _translated(translate: Any, values: Mapping[str, Any]) -> dict[str, Any]:

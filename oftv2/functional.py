@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (they register the operators)
+from . import _eager, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (they register the operators)
 from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
 from .kernels.register import register, rotates, usable
 from .reference import skew
@@ -166,10 +166,11 @@ def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
 
 
 def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 4) -> Tensor:
-    """``rotate(x, cayley_neumann(generators, …))`` as one operator: on a GPU, one launch forward and two backward.
+    """``rotate(x, cayley_neumann(generators, …))`` in one step: on a GPU, one launch forward and two backward.
 
     Args:
-        x (torch.Tensor): ``(..., d)``; it and the generators are all that is kept for the backward pass.
+        x (torch.Tensor): ``(..., d)``; it and the generators are all that is kept for the backward pass (on a CPU, also
+            ``Δ``).
         generators (torch.Tensor): packed strict upper triangles, ``(r, b(b−1)/2)``, float32 or float64.
         block_size (int): ``b``.
         terms (int): ``k``. Default 4.
@@ -178,6 +179,8 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
         torch.Tensor: ``(..., d)``.
     """
     _check_packed(generators, block_size)
+    if x.is_cpu and not runs_kernels(x.device) and _eager.unobserved(x, generators):
+        return _eager.NeumannRotate.apply(x, generators, block_size, terms)
     return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
 
 
@@ -187,10 +190,14 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:
-    """Whether :func:`neumann_rotate` beats its two steps: where a kernel makes the rotation while it rotates."""
+    """Whether :func:`neumann_rotate` beats its two steps: where a kernel makes the rotation while it rotates, or where
+    going from one operator to the next is what takes the time.
+    """
     if torch.compiler.is_compiling():  # the operator itself asks what the device can do, when the graph runs
         return x.device.type == "cuda"
-    return runs_kernels(x.device) and rotates(x, block_size, terms=1)
+    if runs_kernels(x.device):
+        return rotates(x, block_size, terms=1)
+    return x.is_cpu and _eager.unobserved(x)
 
 
 def oft_linear(

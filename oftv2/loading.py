@@ -58,8 +58,8 @@ def load_adapter(
             tensors, shapes, NaN or Inf, layers that the model lacks, other base weights. With ``trainable=True`` also
             a layer that lets no gradient through.
     """
-    adapter = _read_for(model, folder, as_trained, adapter_name or DEFAULT_ADAPTER)
     state = find_state(model)
+    adapter = _read_for(model, folder, as_trained, adapter_name or DEFAULT_ADAPTER)
     if adapter_name is None and state is not None and DEFAULT_ADAPTER not in state.configs:
         raise AdapterError(
             f"this model is wrapped, but has no adapter {DEFAULT_ADAPTER!r}: give the adapter in {folder} a name with "

@@ -10,7 +10,7 @@ from there ``Trainer`` resumes and restores the best checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import write_atomically
 from .errors import AdapterError
-from .hub import push_adapter, upload_adapter
+from .hub import push_adapters, upload_adapters
 from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
 from .precision import ATTRIBUTE as FLOAT32
@@ -41,26 +41,23 @@ class WrappedPreTrainedModel:
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        selected_adapters: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
         """Writes the active adapter as :func:`oftv2.save_adapter` does, and all of them for ``Trainer`` to resume from.
 
         Every other adapter goes into a subfolder of its name, as in PEFT; of several active ones, the first does not.
+        ``selected_adapters`` are those to write so and to upload, where it is not to be all of them.
 
         Raises:
-            AdapterError: see :func:`oftv2.save_adapter`.
+            AdapterError: see :func:`oftv2.save_adapter`; unknown names.
         """
-        from .saving import save_adapter  # which imports wrap, which imports this
+        from .saving import places, save_adapters  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
         if not is_main_process:
             return
-        state = get_state(self)
-        first = state.sequence[0]
-        folder = save_adapter(self, save_directory, adapter_name=first)
-        for name in state.configs:
-            if name != first:
-                save_adapter(self, folder / name, adapter_name=name)
+        folder = save_adapters(self, save_directory, selected_adapters)
         names = set(trained_keys(self))
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()
@@ -69,11 +66,15 @@ class WrappedPreTrainedModel:
         }
         write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         if push_to_hub:
-            upload_adapter(folder, options.get("repo_id") or folder.name, **_hub_options(options))
+            written = list(places(self, selected_adapters).values())
+            upload_adapters(folder, options.get("repo_id") or folder.name, written, **_hub_options(options))
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads the adapter and its model card to the Hub, with the arguments that transformers' own method takes."""
-        return push_adapter(self, repo_id, **_hub_options(options))  # type: ignore[arg-type]
+    def push_to_hub(self, repo_id: str, selected_adapters: Sequence[str] | None = None, **options: Any) -> Any:
+        """Uploads the adapters and their model cards to the Hub, with the arguments of transformers' own method.
+
+        All of them, or ``selected_adapters``, each where :meth:`save_pretrained` would write it.
+        """
+        return push_adapters(self, repo_id, selected_adapters, **_hub_options(options))  # type: ignore[arg-type]
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:

@@ -51,8 +51,10 @@ def tensors_file(source: Path) -> Path:
     for name in (TENSORS_FILE, _PICKLE_FILE):
         if (source / name).is_file():
             return source / name
-    what = "has no " + TENSORS_FILE if source.is_dir() else "is not a folder"
-    raise AdapterError(f"{source} {what}: give the folder that save_adapter or PEFT wrote")
+    what = f"has no {TENSORS_FILE}" if source.is_dir() else "is not a folder"
+    of_hub = not source.exists() and not source.is_absolute() and len(source.parts) == 2
+    hub = f"; one of the Hub is fetched by huggingface_hub.snapshot_download({str(source)!r})" if of_hub else ""
+    raise AdapterError(f"{source} {what}: give the folder that save_adapter or PEFT wrote{hub}")
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from . import functional as F
 from .adapters import check_sequence, check_unmerged
 from .base import OFTLayer
 from .errors import AdapterError
+from .repeats import Repeats, following_generate
 from .rotation import Rotation
 from .state import get_state, oft_layers
 
@@ -27,18 +28,22 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' modules keep
 
 
 @contextmanager
-def adapters_per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Iterator[nn.Module]:
+def adapters_per_row(
+    model: nn.Module, rows: Sequence[str | Sequence[str] | None], *, repeated: bool = False
+) -> Iterator[nn.Module]:
     """Within the context, each row of a batch goes through an adapter of its own, or through the base model alone.
 
     Every adapted layer rotates all rows in one call; a row's result is what the model gives with that adapter alone, to
-    rounding. Inputs are to have the rows as their first dimension: as many as are named, or a multiple where each row
-    is repeated by ``repeat_interleave``, as ``generate`` does for beams and several return sequences. What trains is
-    left as it is: after ``set_adapter(model, ["a", "b"])`` both do, each from its own rows.
+    rounding. Inputs are to have the rows as their first dimension, as many as are named; transformers' ``generate``
+    may repeat each for its beams and return sequences. What trains is left as it is: after
+    ``set_adapter(model, ["a", "b"])`` both do, each from its own rows.
 
     Args:
         model (nn.Module): a wrapped model.
         rows (Sequence[str | Sequence[str] | None]): for each row an adapter, several that rotate one after the other
             as in :func:`oftv2.set_adapter`, or ``None`` for the base model. Which ones are active does not matter.
+        repeated (bool): take inputs of any multiple of the rows for ones in which each row is repeated in place, as by
+            ``repeat_interleave``: for models that make several rows of one, such as one for each image of a row.
 
     Yields:
         nn.Module: the same object. Contexts may be nested; the inner one counts.
@@ -50,17 +55,16 @@ def adapters_per_row(model: nn.Module, rows: Sequence[str | Sequence[str] | None
             number of rows (experts that get some of the tokens; batches laid out flat), or a checkpoint that is not
             transformers' own, whose recomputation could come after the context.
     """
-    batch = _Batch(model, _checked(model, rows))
-    modules = [module for module in model.modules() if _CHECKPOINT in vars(module)]
-    functions = [vars(module)[_CHECKPOINT] for module in modules]
-    try:
-        for module, function in zip(modules, functions, strict=True):
-            setattr(module, _CHECKPOINT, batch.replaying(function))
-        with batch.entered():
-            yield model
-    finally:
-        for module, function in zip(modules, functions, strict=True):
-            setattr(module, _CHECKPOINT, function)
+    batch = _Batch(model, _checked(model, rows), repeated)
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(following_generate(module, batch.repeats))
+            if _CHECKPOINT in vars(module):
+                function = vars(module)[_CHECKPOINT]
+                stack.callback(setattr, module, _CHECKPOINT, function)
+                setattr(module, _CHECKPOINT, batch.replaying(function))
+        stack.enter_context(batch.entered())
+        yield model
 
 
 def _checked(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> list[tuple[str, ...]]:
@@ -88,14 +92,15 @@ def _checked(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> li
 class _Batch:
     """What the rows of a batch go through in every layer of a model."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, model: nn.Module, rows: Sequence[tuple[str, ...]], repeated: bool) -> None:
+        self.repeats = Repeats(any_number=repeated)
         alike: dict[Any, LayerRows] = {}  # layers with the same adapters share an index
         self.layers: dict[OFTLayer, LayerRows] = {}
         for _, layer in oft_layers(model):
             device = next(iter(layer.generators.values())).device
             key = device, tuple(name in layer.rotations for name in get_state(model).configs)
             if key not in alike:
-                alike[key] = LayerRows.of(layer, rows, device)
+                alike[key] = LayerRows.of(layer, rows, device, self.repeats)
             self.layers[layer] = alike[key]
 
     @contextmanager
@@ -143,19 +148,21 @@ class LayerRows:
         sequences: the different sequences of adapters, sorted; none is empty.
         places: for each row, which of them; −1 where the layer leaves it as it is.
         index: ``places`` as a tensor ``(B,)``. Compiled graphs depend on no more of the places than their number.
+        repeats: how many times each row may be there.
     """
 
     sequences: tuple[tuple[str, ...], ...]
     places: tuple[int, ...]
     index: Tensor
+    repeats: Repeats
 
     @classmethod
-    def of(cls, layer: OFTLayer, rows: Sequence[tuple[str, ...]], device: torch.device) -> LayerRows:
+    def of(cls, layer: OFTLayer, rows: Sequence[tuple[str, ...]], device: torch.device, repeats: Repeats) -> LayerRows:
         """For rows of these adapters."""
         own = [tuple(name for name in names if name in layer.rotations) for names in rows]
         sequences = tuple(sorted({names for names in own if names}))
         places = tuple(sequences.index(names) if names else -1 for names in own)
-        return cls(sequences, places, torch.tensor(places, device=device))
+        return cls(sequences, places, torch.tensor(places, device=device), repeats)
 
     def rotate(self, layer: OFTLayer, x: Tensor) -> Tensor:
         """Activations ``(B·n, ..., d)``, ``n`` for each row one after the other, rotated row by row."""
@@ -211,9 +218,16 @@ class LayerRows:
                 "its first dimension; name an adapter for each row of the batch. Layers that see rows in another "
                 "order, as experts do, cannot be used with it: call the model once for each adapter instead"
             )
+        repeats = given // count
+        if not self.repeats.allow(repeats):
+            raise AdapterError(
+                f"{layer.name}: its input of {tuple(x.shape)} has {repeats} times the {count} rows of "
+                "adapters_per_row: name an adapter for each row of the batch. Where a model makes several rows of one, "
+                "in place, adapters_per_row(…, repeated=True) takes them; generate within the context does not need it"
+            )
         if (torch.is_grad_enabled() or layer.training) and not torch.compiler.is_compiling():
             _refuse_checkpoints(layer.name)
-        return given // count
+        return repeats
 
 
 def _refuse_checkpoints(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,43 @@ def save_adapter(
     with base_values(model):
         base = describe_base(model, {path: layer.base_layer for path, layer in layers.items()})
     return _write(folder, tensors, _manifest(state.configs[name], sizes, tuple(trained), base, layout), description)
+
+
+def places(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, Path]:
+    """The folders of adapters within one that holds several, as PEFT reads them: ``.``, and subfolders of their names.
+
+    The first active one is in the folder itself; where none of those named is active, the first of them.
+
+    Raises:
+        AdapterError: not wrapped; unknown names.
+    """
+    state = get_state(model)
+    names = list(state.configs) if adapter_names is None else list(adapter_names)
+    check_known(model, names)
+    if not names:
+        raise AdapterError("no adapter is named, so there is nothing to save")
+    first = next((name for name in state.sequence if name in names), names[0])
+    return {first: Path("."), **{name: Path(name) for name in names if name != first}}
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str], adapter_names: Sequence[str] | None = None) -> Path:
+    """Writes several adapters, as PEFT does: one into ``folder``, and every other one into a subfolder of its name.
+
+    Args:
+        model (nn.Module): a wrapped model.
+        folder (str | os.PathLike): where to.
+        adapter_names (Sequence[str] | None): which; ``None``: all of them. The first active one goes into the folder
+            itself; where none of them is active, the first.
+
+    Returns:
+        Path: the folder.
+
+    Raises:
+        AdapterError: see :func:`save_adapter`; unknown names.
+    """
+    for name, place in places(model, adapter_names).items():
+        save_adapter(model, Path(folder) / place, adapter_name=name)
+    return Path(folder)
 
 
 def rewrite_adapter(adapter: AdapterFile, folder: str | os.PathLike[str]) -> Path:

@@ -62,8 +62,22 @@ def set_state(model: nn.Module, state: AdapterState | None) -> None:
 
 
 def find_state(model: nn.Module) -> AdapterState | None:
-    """The state of a wrapped model, or None of a plain one."""
+    """The state of a wrapped model, or None of a plain one.
+
+    Raises:
+        AdapterError: this is no model, as where arguments changed places.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"the first argument is the model, a torch.nn.Module, and this is a {type(model).__name__}")
     return model.__dict__.get(_ATTRIBUTE)
+
+
+def inner_model(model: nn.Module) -> str | None:
+    """How to reach the model inside what ``torch.compile`` or data parallelism made of it; None of any other."""
+    if "_orig_mod" in model._modules:
+        return "model._orig_mod"
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return "model.module" if parallel else None
 
 
 def get_state(model: nn.Module) -> AdapterState:
@@ -74,9 +88,11 @@ def get_state(model: nn.Module) -> AdapterState:
     """
     state = find_state(model)
     if state is None:
+        inner = inner_model(model)
+        same = f"the model inside it here: {inner}" if inner else "the same model object here (not a part of it)"
         raise AdapterError(
-            f"this {type(model).__name__} has no oftv2 adapter: call wrap_model or load_adapter first, and pass the "
-            "same model object here (not a part of it)"
+            f"this {type(model).__name__} has no oftv2 adapter: call wrap_model or load_adapter first, and pass {same}"
+            "; merge and unwrap_model take the adapter off, so save it before"
         )
     return state
 

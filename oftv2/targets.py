@@ -96,9 +96,12 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
             raise AdapterError(f"{name}: this {kind} does not know its size until the model is called once")
         targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, sizes.get(name)))
     if not targets:
+        others = [name for name in names if layer_class_for(modules[name]) in (OFTEmbedding, OFTConv2d)]
+        hint = f"; embeddings and convolutions want naming: target_modules=[{others[0]!r}]" if others else ""
         raise AdapterError(
             f"nothing to adapt in this {type(model).__name__}: no module matches target_modules="
             f"{config.target_modules!r} with exclude_modules={config.exclude_modules!r} and layers={config.layers!r}"
+            f"{hint}"
         )
     return targets
 

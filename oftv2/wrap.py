@@ -17,7 +17,7 @@ from .grouping import check_groups, ungroup
 from .grouping import group_projections as group
 from .pretrained import present, unpresent
 from .rotation import Rotation
-from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter, set_state
+from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .trained import add_state_hooks, remove_state_hooks, restore_originals
 
@@ -43,8 +43,9 @@ def wrap_model(
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
             result is the same. :func:`oftv2.group_projections` does it later, as after ``load_adapter``.
         **fields: fields of :class:`OFTConfig`, in place of ``config`` or on top of it, as in
-            ``wrap_model(model, block_size=64)``; also under PEFT's names (``oft_block_size``, ``r``,
-            ``module_dropout``, ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``layers_to_transform``).
+            ``wrap_model(model, block_size=64)``; also under PEFT's names (``oft_block_size``, ``r``, which is a number
+            of blocks and no rank, ``module_dropout``, ``use_cayley_neumann``, ``num_cayley_neumann_terms``,
+            ``layers_to_transform``).
 
     Returns:
         nn.Module: the same object.
@@ -52,7 +53,7 @@ def wrap_model(
     Raises:
         AdapterError: nothing to adapt, names that match nothing, sizes that do not divide, a layer that lets no
             gradient through, or a model that is wrapped already.
-        ConfigError: a field with a value that is not allowed.
+        ConfigError: a field that there is not, or with a value that is not allowed.
     """
     config = merged_config(config, fields)
     check_model(model, adapter_name)
@@ -87,7 +88,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 def merged_config(config: OFTConfig | None, fields: dict[str, Any]) -> OFTConfig:
     """The configuration with ``fields``, under this library's names or PEFT's, in place of its own."""
     if config is not None and not isinstance(config, OFTConfig):
-        raise AdapterError(f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}")
+        raise AdapterError(
+            f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}; options go by their names, as "
+            "in wrap_model(model, block_size=32)"
+        )
     fields = OFTConfig.with_own_names(fields)
     if config is None:
         return OFTConfig(**fields)
@@ -174,6 +178,11 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
     """Refuses what cannot be wrapped: no model, a bare layer, or one with adapters."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"wrap_model takes a torch.nn.Module, and this is a {type(model).__name__}")
+    if inner := inner_model(model):
+        raise AdapterError(
+            f"the model is in a {type(model).__name__}: put the adapter on it first, and compile or distribute it "
+            f"afterwards (the model inside is {inner})"
+        )
     if (layer_class := layer_class_for(model)) is not None:
         raise AdapterError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "

@@ -188,7 +188,12 @@ REFUSED = {
     "no such target": (lambda m: oftv2.add_adapter(m, "d", target_modules=["9"]), "'9' is not the name of any module"),
     "a size": (lambda m: oftv2.add_adapter(m, "d", block_size=5), "block_size=5 does not divide its 32"),
     "a field": (lambda m: oftv2.add_adapter(m, "d", block_size=8, oft_block_size=8), "both"),
-    "a config": (lambda m: oftv2.add_adapter(m, "d", {"block_size": 8}), "must be an oftv2.OFTConfig"),
+    "a config": (
+        lambda m: oftv2.add_adapter(m, "d", {"block_size": 8}),
+        r"an oftv2.OFTConfig.*block_size=32\)",
+    ),
+    "a typo": (lambda m: oftv2.add_adapter(m, "d", blocksize=8), "no field 'blocksize'; did you mean 'block_size'"),
+    "an option of LoRA's": (lambda m: oftv2.add_adapter(m, "d", lora_alpha=32), "no field 'lora_alpha'.*It has block_"),
     "unknown": (lambda m: oftv2.set_adapter(m, "d"), "no adapter 'd' in this model; it has 'a', 'b', 'c'"),
     "two unknown": (lambda m: oftv2.set_adapter(m, ["a", "d", "e"]), "no adapter 'd', 'e' in this model"),
     "none": (lambda m: oftv2.set_adapter(m, []), "disable_adapter"),
@@ -223,3 +228,21 @@ def test_refused_and_left_as_it_was(call, message):
 def test_a_plain_model_is_refused(call):
     with pytest.raises(AdapterError, match="has no oftv2 adapter: call wrap_model or load_adapter first"):
         call(linear())
+
+
+@pytest.mark.parametrize("outside", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_what_holds_the_model_is_refused_and_says_where_the_model_is(outside, tmp_path):
+    holder = outside(linear())
+    before = snapshot(holder)
+    with pytest.raises(AdapterError, match=r"put the adapter on it first.*inside is model\.(module|_orig_mod)"):
+        oftv2.wrap_model(holder, block_size=8)
+    assert snapshot(holder) == before
+    with pytest.raises(AdapterError, match=r"pass the model inside it here: model\.(module|_orig_mod)"):
+        oftv2.save_adapter(outside(three()), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_arguments_that_changed_places(tmp_path):
+    for call in (oftv2.save_adapter, oftv2.load_adapter):
+        with pytest.raises(AdapterError, match=r"first argument is the model, .* and this is a str"):
+            call(str(tmp_path), linear())

@@ -166,7 +166,10 @@ def test_replace_validates_again():
 
 
 def test_unknown_fields_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"no field 'blocksize', 'rank'; it has block_size, num_blocks, .*adjust"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'blocksize', 'rank'; did you mean 'block_size'.*It has .*adjust",
+    ):
         OFTConfig.from_dict({"rank": 8, "blocksize": 32, "block_size": 32})
     with pytest.raises(TypeError, match="blocksize"):
         OFTConfig(blocksize=32)

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from conftest import randomize
-from oftv2 import load_adapter, save_adapter, unwrap_model, wrap_model
+from oftv2 import AdapterError, add_adapter, load_adapter, save_adapter, set_adapter, unwrap_model, wrap_model
 
 IDS = torch.arange(80).view(8, 10) % 128
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
@@ -33,9 +34,22 @@ def hub(tmp_path, monkeypatch) -> Path:
         (root / repo_id).mkdir(parents=True, exist_ok=True)
         return SimpleNamespace(repo_id=repo_id)
 
+    def create_branch(self: HfApi, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        assert exist_ok
+        (root / repo_id / f".{branch}").touch()
+
+    def check(repo_id: str, revision: str | None) -> None:
+        """As the Hub: a repository, and a branch, has to be there before anything is read or written."""
+        answer: Any = SimpleNamespace(headers={}, request=None, status_code=404)
+        if not (root / repo_id).is_dir():
+            raise RepositoryNotFoundError(repo_id, response=answer)
+        if revision is not None and not (root / repo_id / f".{revision}").exists():
+            raise RevisionNotFoundError(revision, response=answer)
+
     def upload_folder(self: HfApi, *, repo_id: str, folder_path: Any, **options: Any) -> Any:
         from huggingface_hub.utils import filter_repo_objects
 
+        check(repo_id, options.get("revision"))
         files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
         allow, ignore = options.get("allow_patterns"), options.get("ignore_patterns")
         for name in filter_repo_objects(files, allow_patterns=allow, ignore_patterns=ignore):
@@ -45,12 +59,13 @@ def hub(tmp_path, monkeypatch) -> Path:
         done = SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: commit)
         return done if options.get("run_as_future") else commit
 
-    def hf_hub_download(self: HfApi, repo_id: str, filename: str, **_: Any) -> str:
+    def hf_hub_download(self: HfApi, repo_id: str, filename: str, revision: str | None = None) -> str:
+        check(repo_id, revision)
         if not (root / repo_id / filename).is_file():
             raise EntryNotFoundError(filename)
         return str(root / repo_id / filename)
 
-    for method in (create_repo, upload_folder, hf_hub_download):
+    for method in (create_repo, create_branch, upload_folder, hf_hub_download):
         monkeypatch.setattr(HfApi, method.__name__, method)
     return root
 
@@ -124,6 +139,58 @@ def test_a_card_edited_on_the_hub_stays(tiny_llama, hub):
     card.write_text(card.read_text().replace("# OFT adapter", "# Mine"))
     model.push_to_hub("user/mine")
     assert "# Mine" in card.read_text()
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_adapter_is_pushed_or_those_that_are_selected(tiny_llama, tmp_path, hub):
+    model = wrapped(tiny_llama)
+    for name in ("style", "task [1]"):
+        add_adapter(model, name, block_size=8)
+    randomize(model)
+    subfolders = {f"{name}/{file}" for name in ("style", "task [1]") for file in ADAPTER}
+    model.push_to_hub("user/all", revision="dev")
+    assert files(hub / "user/all") == ADAPTER | subfolders | {".dev"}
+    card = hub / "user/all/style/README.md"
+    card.write_text("Mine")
+    model.push_to_hub("user/all")
+    assert card.read_text() == "Mine"
+    (tmp_path / "saved/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "saved/checkpoint-1" / "adapter_config.json").touch()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert files(hub / "user/saved") == ADAPTER | subfolders
+    for name, place in {"default": "", "style": "style", "task [1]": "task [1]"}.items():
+        set_adapter(model, name)
+        loaded = load_adapter(tiny_llama(), hub / "user/all" / place)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    set_adapter(model, ["default", "style"])
+    model.push_to_hub("user/several")
+    assert files(hub / "user/several") == ADAPTER | subfolders
+    model.push_to_hub("user/one", selected_adapters=["task [1]"])
+    assert files(hub / "user/one") == ADAPTER
+    set_adapter(model, "task [1]")
+    assert torch.equal(load_adapter(tiny_llama(), hub / "user/one")(IDS).logits, model(IDS).logits)
+    with pytest.raises(AdapterError, match="'stile'"):
+        model.push_to_hub("user/wrong", selected_adapters=["style", "stile"])
+    with pytest.raises(AdapterError, match="no adapter is named"):
+        model.save_pretrained(tmp_path / "none", selected_adapters=[])
+    assert not (hub / "user/wrong").exists()
+    assert not (tmp_path / "none").exists()
+
+
+def test_peft_finds_every_pushed_adapter(tiny_llama, hub):
+    model = wrapped(tiny_llama)
+    add_adapter(model, "style", block_size=8)
+    randomize(model)
+    model.push_to_hub("user/both")
+    theirs = PeftModel.from_pretrained(tiny_llama(), hub / "user/both").eval()
+    theirs.load_adapter(hub / "user/both/style", "style")
+    for name in ("default", "style"):
+        set_adapter(model, name)
+        theirs.set_adapter(name)
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits)
 
 
 def test_save_pretrained_pushes_what_it_saved(tiny_llama, tmp_path, hub):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import oftv2
-from conftest import assert_close
+from conftest import assert_close, randomize
 from mixed_batches import ROWS, one_by_one, only, wrapped
 from oftv2 import AdapterError, adapters_per_row
 
@@ -66,6 +66,49 @@ class TestLanguageModel:
         assert torch.equal(actual, torch.cat(expected))
         assert not torch.equal(actual, model.generate(ids, attention_mask=mask, **options))
 
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+    def test_generate_is_no_excuse_for_too_short_a_list(self, tiny_llama, tokens, options):
+        model = wrapped(tiny_llama())
+        ids, mask = tokens
+        with adapters_per_row(model, ROWS[:3]):
+            for wrong in (ids, ids.repeat(2, 1)):
+                with pytest.raises(AdapterError, match=r"times the 3 rows of adapters_per_row: name an adapter"):
+                    model.generate(wrong, max_new_tokens=2, **options)
+            model.generate(ids[:3], attention_mask=mask[:3], max_new_tokens=2, **options)
+            with pytest.raises(AdapterError, match=r"has 2 times the 3 rows"):
+                model(ids)
+            with pytest.raises(AdapterError, match=r"has 3 times the 3 rows"):
+                model(ids[:3].repeat(3, 1))
+            assert model(ids[:3]).logits.shape == (3, 9, 128)
+        assert not {"generate", "_expand_inputs_for_generation"} & set(vars(model))
+        assert model.generate(ids, max_new_tokens=2).shape == (6, 11)
+
+    def test_each_returned_sequence_has_its_own_adapter_where_all_are_named(self, tiny_llama, tokens):
+        model = wrapped(tiny_llama()).double()
+        ids, options = tokens[0][:1], {"max_new_tokens": 5, "min_new_tokens": 5}
+        rows = ["math", None, "chat"]
+        expected = one_by_one(model, rows, lambda i: model.generate(ids, do_sample=False, **options))
+        with adapters_per_row(model, rows):
+            actual = model.generate(ids, num_return_sequences=3, do_sample=True, top_k=1, **options)
+        assert torch.equal(actual, torch.cat(expected))
+
+    def test_generate_of_an_encoder_and_a_decoder(self):
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        torch.manual_seed(0)
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).double().eval()
+        oftv2.wrap_model(model, adapter_name="math", block_size=8)
+        oftv2.add_adapter(model, "chat", block_size=16, target_modules=["q", "wo"])
+        randomize(model, 0.3)
+        rows, ids = ["math", None, "chat"], torch.randint(2, 64, (3, 7))
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2, "do_sample": False}
+        expected = one_by_one(model, rows, lambda i: model.generate(ids[i : i + 1], **options))
+        with adapters_per_row(model, rows):
+            assert torch.equal(model.generate(ids, **options), torch.cat(expected))
+            with pytest.raises(AdapterError, match="times the 3 rows"):
+                model.generate(ids.repeat(2, 1), **options)
+
     def test_nf4_base(self, tiny_llama, tokens, tmp_path):
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -93,6 +136,8 @@ class TestLanguageModel:
                 assert torch.equal(model(ids).logits, outer)
                 copied = copy.deepcopy(model)
                 assert torch.equal(copied(ids).logits, usual), "a copy is not within the context"
+                copied.lm_head.weight.data.zero_()
+                assert not copied.generate(ids, max_new_tokens=1)[:, -1].any(), "a copy generates by itself"
             with pytest.raises(AdapterError), adapters_per_row(model, ROWS):
                 model(ids[:4])
             assert torch.equal(model(ids).logits, usual)

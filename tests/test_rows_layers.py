@@ -11,6 +11,7 @@ import oftv2
 from conftest import assert_close, randomize
 from mixed_batches import ROWS, one_by_one
 from oftv2 import OFTConfig, adapters_per_row
+from oftv2.errors import AdapterError
 from oftv2.rotation import Rotation
 
 
@@ -51,8 +52,10 @@ class TestLayers:
         randomize(model, 0.1)
         ids = torch.randint(0, 20, (len(ROWS), 5))
         expected = torch.cat(one_by_one(model, ROWS, lambda i: model(ids[i : i + 1])))
-        with adapters_per_row(model, ROWS):
+        with adapters_per_row(model, ROWS, repeated=True):  # the convolution gets each row five times
             assert_close("output", model(ids), expected, 1e-13)
+        with adapters_per_row(model, ROWS), pytest.raises(AdapterError, match=r"^conv: .* has 5 times the 6 rows"):
+            model(ids)
 
     @pytest.mark.parametrize("shape", [(6, 64), (6, 5, 64), (6, 2, 3, 64), (12, 5, 64), (0, 5, 64)], ids=str)
     @pytest.mark.parametrize("quantized", [False, True])
@@ -73,7 +76,7 @@ class TestLayers:
         x = torch.randn(shape)
         repeats = shape[0] // 6
         expected = one_by_one(model, rows, lambda i: model["q_proj"](x[i * repeats : (i + 1) * repeats]))
-        with adapters_per_row(model, rows):
+        with adapters_per_row(model, rows, repeated=True):
             actual = model["q_proj"](x)
         assert actual.shape == (*shape[:-1], 24)
         assert_close("output", actual, torch.cat(expected), 1e-6)

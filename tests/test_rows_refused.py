@@ -44,7 +44,7 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("shape", "rows"),
-        [((4, 9, 64), 3), ((2, 9, 64), 4), ((1, 9, 64), 2), ((6, 64), 3), ((64,), 1), ((64,), 64)],
+        [((4, 9, 64), 3), ((6, 9, 64), 3), ((2, 9, 64), 4), ((1, 9, 64), 2), ((6, 64), 3), ((64,), 1), ((64,), 64)],
         ids=str,
     )
     def test_inputs_without_the_rows(self, tiny_llama, shape, rows):

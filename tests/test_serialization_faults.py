@@ -34,6 +34,7 @@ BASES = pytest.mark.parametrize("make", [plain(), wrapped(), beside], ids=["plai
 @BASES
 def test_missing_folder(make, tmp_path):
     refused(make, tmp_path / "nowhere", str(tmp_path / "nowhere"), "is not a folder", "save_adapter")
+    refused(make, "user/adapter", "is not a folder", "huggingface_hub.snapshot_download('user/adapter')")
 
 
 @BASES

@@ -148,3 +148,8 @@ def test_a_lazy_layer_is_refused_until_it_knows_its_size():
         wrap_model(model)
     model(torch.zeros(1, 64))
     wrap_model(model)
+
+
+def test_a_model_without_linear_layers_is_told_what_else_can_be_named():
+    with pytest.raises(AdapterError, match=r"nothing to adapt .*target_modules=\['0'\]"):
+        wrap_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), block_size=3)

@@ -1,0 +1,94 @@
+"""Generators to rotated activations in one autograd node on a CPU: the operators' results, and when it stands aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from conftest import OperatorCounter, assert_close
+from oftv2 import OFTConfig, OFTLinear, reference
+from oftv2 import functional as F
+
+SIZES = [(1, 4, 4), (7, 24, 8), (5, 15, 5), (0, 8, 4), (1100, 64, 32)]
+
+
+def operands(tokens, d, b, dtype=torch.float32):
+    generators = 0.05 * torch.randn(d // b, b * (b - 1) // 2)
+    return torch.randn(2, tokens, d).to(dtype).requires_grad_(), generators.requires_grad_()
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(("tokens", "d", "b"), SIZES)
+def test_forward_and_gradients_are_the_references(tokens, d, b, terms):
+    x, generators = operands(tokens, d, b)
+    upstream = torch.randn(x.shape)
+    y = F.neumann_rotate(x, generators, b, terms)
+    y.backward(upstream)
+    wide_x, wide = x.detach().double().requires_grad_(), generators.detach().double().requires_grad_()
+    expected = reference.rotate(wide_x, reference.cayley_neumann(reference.skew(wide, b), terms))
+    expected.backward(upstream.double())
+    assert_close("y", y.detach(), expected.detach(), 5e-6)
+    assert_close("∂x", x.grad, wide_x.grad, 5e-6)
+    assert_close("∂generators", generators.grad, wide.grad, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trains", [(True, True), (True, False), (False, True)])
+def test_bit_for_bit_as_the_operators(dtype, trains):
+    x, generators = operands(9, 24, 8, dtype)
+    found = []
+    for rotate in (F.neumann_rotate, lambda x, packed, b: F.rotate(x, F.cayley_neumann(packed, b))):
+        inputs = [t.detach().clone().requires_grad_(needs) for t, needs in zip((x, generators), trains, strict=True)]
+        y = rotate(*inputs, 8)
+        y.sum().backward()
+        found.append([y, *(tensor.grad for tensor in inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_autocast_leaves_the_rotation_in_float32():
+    x, generators = operands(9, 24, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.neumann_rotate(x, generators, 8)
+    assert torch.equal(y, F.neumann_rotate(x, generators, 8))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    x, generators = operands(9, 24, 8)
+    plain = torch.autograd.grad(F.neumann_rotate(x, generators, 8).square().sum(), (x, generators))
+    checkpoint(lambda x: F.neumann_rotate(x, generators, 8), x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, plain[0])
+    assert torch.equal(generators.grad, plain[1])
+
+
+def test_operators_are_called_where_something_looks_at_them():
+    x, generators = operands(9, 24, 8)
+    y = F.neumann_rotate(x, generators, 8)
+    assert "NeumannRotate" in type(y.grad_fn).__name__
+    with OperatorCounter() as counter:
+        torch.testing.assert_close(F.neumann_rotate(x, generators, 8), y)
+    assert "neumann_rotate" in counter.names
+
+    class Tagged(torch.Tensor): ...
+
+    assert "NeumannRotate" not in type(F.neumann_rotate(x.as_subclass(Tagged), generators, 8).grad_fn).__name__
+    compiled = torch.compile(lambda x, packed: F.neumann_rotate(x, packed, 8), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, generators), y)
+
+
+def test_second_derivatives_are_refused():
+    x, generators = operands(9, 24, 8)
+    (first,) = torch.autograd.grad(F.neumann_rotate(x, generators, 8).square().sum(), generators, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_layers_use_it_and_wrong_features_are_refused():
+    layer = OFTLinear(nn.Linear(24, 7), OFTConfig(block_size=8)).train()
+    y = layer(torch.randn(5, 24))
+    assert "NeumannRotate" in type(y.grad_fn.next_functions[1][0]).__name__
+    with pytest.raises(RuntimeError, match="x has 16 features"):
+        F.neumann_rotate(torch.randn(5, 16), layer.generators["default"], 8)
