@@ -130,6 +130,14 @@ def base_folder(tiny_llama, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Path:
+    """A folder with a sharded base model and an adapter on it, and room for more."""
+    from merged_checkpoints import base_and_adapter
+
+    return base_and_adapter(tmp_path)
+
+
 class OperatorCounter(TorchDispatchMode):
     """Notes the operators of this library that run."""
 
@@ -154,6 +162,17 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, functions: dict[ModuleType, li
         for name in names:
             monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     return called
+
+
+def command_fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The error of a call of ``python -m oftv2`` that fails and prints nothing else."""
+    from oftv2.__main__ import main
+
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
 
 
 def randomize(model: torch.nn.Module, std: float = 0.05, seed: int = 3) -> None:

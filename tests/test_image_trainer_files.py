@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from conftest import build
-from oftv2 import (
-    AdapterError,
-    load_adapter,
-)
+from oftv2 import AdapterError, load_adapter
 from peers import relative
 from small_models import IMAGES, VECTORS
 

@@ -8,11 +8,7 @@ import peft
 import pytest
 from torch import nn
 
-from oftv2 import (
-    ConfigError,
-    OFTConfig,
-    wrap_model,
-)
+from oftv2 import ConfigError, OFTConfig, wrap_model
 from small_models import linear
 
 

@@ -15,14 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import build, perturb
-from oftv2 import (
-    AdapterError,
-    OFTConfig,
-    PeftFormatWarning,
-    load_adapter,
-    save_adapter,
-    wrap_model,
-)
+from oftv2 import AdapterError, OFTConfig, PeftFormatWarning, load_adapter, save_adapter, wrap_model
 from peers import fill, from_peft, peft_generators, relative
 from small_models import IDS, IMAGES, VECTORS, answer, bert, conv2d, embedding, gpt2, linear
 

@@ -11,16 +11,7 @@ import torch
 from torch import nn
 
 from conftest import block_sizes, build, perturb, randomize, trainable
-from oftv2 import (
-    AdapterError,
-    OFTConfig,
-    disable_adapter,
-    load_adapter,
-    merge,
-    save_adapter,
-    unwrap_model,
-    wrap_model,
-)
+from oftv2 import AdapterError, OFTConfig, disable_adapter, load_adapter, merge, save_adapter, unwrap_model, wrap_model
 from small_models import IDS, VECTORS, answer, embedding, gpt2, linear
 
 IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(8))

@@ -7,10 +7,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from conftest import adapted_paths, block_sizes, trainable
-from oftv2 import (
-    unwrap_model,
-    wrap_model,
-)
+from oftv2 import unwrap_model, wrap_model
 from small_models import mlp
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -8,16 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import adapted_paths, randomize, trainable
-from oftv2 import (
-    OFTConfig,
-    OFTEmbedding,
-    OFTLayer,
-    OFTLinear,
-    disable_adapter,
-    merge,
-    unwrap_model,
-    wrap_model,
-)
+from oftv2 import OFTConfig, OFTEmbedding, OFTLayer, OFTLinear, disable_adapter, merge, unwrap_model, wrap_model
 from small_models import mlp
 
 

@@ -7,37 +7,21 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer import dpo_trainer, kto_trainer
 
-from byte_tokenizer import byte_tokenizer
 from conftest import randomize
-from oftv2 import AdapterError, OFTLinear, disable_adapter, load_adapter, merge, reference_model, wrap_model
-
-TEXTS = Dataset.from_list([{"text": f"{n} and {n}"} for n in range(8)])
-PAIRS = Dataset.from_list([{"prompt": f"{n}?", "chosen": " yes", "rejected": " no"} for n in range(8)])
-IDS = torch.arange(2, 42).view(4, 10)
+from oftv2 import AdapterError, disable_adapter, load_adapter, reference_model, wrap_model
+from trl_runs import IDS, PAIRS, arguments, dpo, generators, load, logits, sft
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at names that TRL still uses
-
-
-@pytest.fixture
-def base_folder(tiny_llama, tmp_path) -> Path:
-    """A tiny Llama with a tokenizer, on disk as TRL expects a model."""
-    tiny_llama(vocab_size=258, eos_token_id=1, bos_token_id=None).save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture(params=["float32", "nf4"])
@@ -46,56 +30,12 @@ def make_base(request, base_folder):
     return lambda: load(base_folder, nf4=request.param == "nf4")
 
 
-def load(folder: Path, *, nf4: bool) -> Any:
-    options: dict[str, Any] = {}
-    if nf4:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        options = {"quantization_config": config, "device_map": "cpu"}
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def arguments(config_class: type, folder: Path, **fields: Any) -> Any:
-    return config_class(
-        str(folder),
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            **fields,
-        },
-    )
-
-
-def sft(model: nn.Module, folder: Path, **fields: Any) -> SFTTrainer:
-    return SFTTrainer(model, arguments(SFTConfig, folder, **fields), train_dataset=TEXTS, eval_dataset=TEXTS)
-
-
-def dpo(model: nn.Module, folder: Path, **fields: Any) -> DPOTrainer:
-    return DPOTrainer(model, args=arguments(DPOConfig, folder, **fields), train_dataset=PAIRS, eval_dataset=PAIRS)
-
-
 @pytest.fixture
 def no_second_copy(monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("TRL loads a second model")
 
     monkeypatch.setattr(dpo_trainer, "create_model_from_path", refuse)
-
-
-def generators(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if ".generators." in name}
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.filterwarnings("ignore:the generators of .* had been cast")
@@ -136,9 +76,6 @@ def test_the_best_model_is_restored(base_folder, tmp_path):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
     best = load_adapter(load(base_folder, nf4=False), tmp_path / "run" / "checkpoint-4")
     assert torch.equal(logits(best), logits(model))
-
-
-# ------------------------------------------------------------------------------------------ the reference of DPO
 
 
 def references(trainer: DPOTrainer, model: nn.Module) -> torch.Tensor:
@@ -230,84 +167,6 @@ def test_a_view_by_hand(tiny_llama):
         assert torch.equal(trained(IDS).logits, now)  # without dropout
     assert torch.equal(logits(model), changed)
     assert trained.config is model.config
-
-
-# ------------------------------------------------------------------------------------------ traps
-
-
-@pytest.mark.parametrize("make_trainer", [sft, dpo])
-def test_generators_are_back_in_float32_unrounded_before_anything_is_computed(make_trainer, base_folder, tmp_path):
-    model = wrap_model(load(base_folder, nf4=True), block_size=16)
-    randomize(model)
-    parameters = generators(model)
-    before = {name: value.detach().clone() for name, value in parameters.items()}
-    trainer = make_trainer(model, tmp_path, max_steps=1, learning_rate=0.0)
-    assert {value.dtype for value in parameters.values()} == {torch.bfloat16}  # TRL's doing; else this trap is gone
-    with pytest.warns(UserWarning, match="back in float32") as caught:
-        trainer.train()
-    assert len([warning for warning in caught if "back in float32" in str(warning.message)]) == 1
-    for name, value in generators(model).items():
-        assert value is parameters[name]
-        assert torch.equal(value, before[name])
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert held == {id(value) for value in parameters.values()}
-    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
-
-
-def test_small_updates_of_a_4_bit_model_are_not_lost(base_folder, tmp_path):
-    model = wrap_model(load(base_folder, nf4=True), block_size=16)
-    randomize(model)
-    before = {name: value.detach().clone() for name, value in generators(model).items()}
-    with pytest.warns(UserWarning, match="back in float32"):
-        sft(model, tmp_path, max_steps=1, learning_rate=1e-6).train()
-    changed = torch.cat([(value != before[name]).flatten() for name, value in generators(model).items()])
-    assert changed.float().mean() > 0.95
-
-
-def test_generators_of_a_model_that_stays_in_float32_are_left_alone(base_folder, tmp_path):
-    model = wrap_model(load(base_folder, nf4=False), block_size=16)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*back in float32")
-        sft(model, tmp_path, max_steps=1).train()
-
-
-LORA = [LoraConfig(task_type="CAUSAL_LM"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")]
-
-
-@pytest.mark.parametrize("config", LORA, ids=["default", "all-linear"])
-def test_an_adapter_of_pefts_inside_is_refused(config, base_folder, tmp_path):
-    model = wrap_model(load(base_folder, nf4=False), block_size=16)
-    modules = [name for name, _ in model.named_modules()]
-    for put in (
-        lambda: SFTTrainer(model, arguments(SFTConfig, tmp_path), train_dataset=TEXTS, peft_config=config),
-        lambda: DPOTrainer(model, args=arguments(DPOConfig, tmp_path), train_dataset=PAIRS, peft_config=config),
-        lambda: get_peft_model(model, config),
-        lambda: model.add_adapter(config, "other"),
-    ):
-        with pytest.raises(AdapterError, match="wrapped by oftv2, and peft would put its adapter"):
-            put()
-    assert [name for name, _ in model.named_modules()] == modules
-    assert all(value.requires_grad for value in generators(model).values())
-    assert model.peft_config["default"]["block_size"] == 16  # what trackers log
-    assert any("lora_A" in name for name, _ in get_peft_model(merge(model), LORA[0]).named_modules())
-
-
-def test_an_adapter_on_the_head_is_refused_where_the_head_is_never_called(base_folder, tmp_path):
-    def wrapped() -> nn.Module:
-        return wrap_model(load(base_folder, nf4=False), block_size=16, target_modules=["q_proj", "lm_head"])
-
-    for make_trainer in (sft, dpo):
-        with pytest.raises(AdapterError, match=r"lm_head: .* exclude_modules=\['lm_head'\]"):
-            make_trainer(wrapped(), tmp_path / "trl").train()
-
-    model = wrapped()  # transformers' own Trainer calls it
-    rows = [{"input_ids": row, "labels": row} for row in IDS]
-    Trainer(model, arguments(TrainingArguments, tmp_path / "trainer"), train_dataset=rows).train()
-    assert isinstance(model.lm_head, OFTLinear)
-    assert model.lm_head.generators["default"].all()
-
-    merge(model)
-    sft(model.requires_grad_(True), tmp_path / "plain", max_steps=1).train()  # no hook is left behind
 
 
 def test_a_head_trained_in_full_does_train(base_folder, tmp_path):

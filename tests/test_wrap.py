@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 
 from conftest import adapted_paths, block_sizes, randomize
-from oftv2 import (
-    OFTConfig,
-    print_trainable_parameters,
-    unwrap_model,
-    wrap_model,
-)
+from oftv2 import OFTConfig, print_trainable_parameters, unwrap_model, wrap_model
 
 
 def test_the_wrapped_model_is_the_same_object_and_behaves_like_it(tiny_llama):
