@@ -13,9 +13,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from oftv2 import load_adapter, save_adapter, wrap_model
+from trainer_runs import load
 
 IDS = torch.arange(160).view(16, 10) % 128
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
@@ -27,8 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transform
 def nf4_base(tiny_llama, tmp_path):
     """Loads equal 4-bit models."""
     tiny_llama().save_pretrained(tmp_path / "base")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+    return lambda: load(tmp_path / "base", nf4=True)
 
 
 @pytest.fixture(params=["float32", "nf4"])

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import ROWS, arguments
 from torch import nn
 from transformers import Trainer
 
@@ -16,6 +15,7 @@ from named_adapters import HEAD, alone, output, randomize, three, trainable
 from oftv2 import AdapterError
 from oftv2.state import adapter_parameters
 from small_models import VECTORS, linear
+from trainer_runs import ROWS, arguments
 
 
 @pytest.fixture

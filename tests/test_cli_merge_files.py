@@ -10,13 +10,14 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import oftv2
 from conftest import perturb
 from merged_checkpoints import answer, assert_same_state, llama_model, make_adapter, make_base, merged_in_memory, run
 from oftv2 import load_adapter, save_adapter, wrap_model
 from peers import relative
+from trainer_runs import load
 
 
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
@@ -64,10 +65,7 @@ def test_a_base_that_bitsandbytes_quantized_becomes_a_16_bit_model(quantization,
 
 def test_an_adapter_of_a_quantized_base_says_what_that_means(on_disk, capsys):
     """Sketches of quantized weights are compared loosely: merging into the 16-bit original is common."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    model = AutoModelForCausalLM.from_pretrained(on_disk / "base", quantization_config=quantization)
+    model = load(on_disk / "base", nf4=True)
     save_adapter(perturb(wrap_model(model, block_size=16)), on_disk / "quantized")
     assert run(on_disk / "base", on_disk / "quantized", on_disk / "out") == 0
     assert "trained on a quantized base" in capsys.readouterr().err

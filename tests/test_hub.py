@@ -18,9 +18,8 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import randomize
 from oftv2 import AdapterError, add_adapter, load_adapter, save_adapter, set_adapter, unwrap_model, wrap_model
+from trainer_runs import IDS, ROWS
 
-IDS = torch.arange(80).view(8, 10) % 128
-ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 

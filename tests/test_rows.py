@@ -13,6 +13,7 @@ import oftv2
 from conftest import assert_close, randomize
 from mixed_batches import ROWS, one_by_one, only, wrapped
 from oftv2 import AdapterError, adapters_per_row
+from trainer_runs import load
 
 
 @pytest.fixture
@@ -110,11 +111,8 @@ class TestLanguageModel:
                 model.generate(ids.repeat(2, 1), **options)
 
     def test_nf4_base(self, tiny_llama, tokens, tmp_path):
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
         tiny_llama().save_pretrained(tmp_path)
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        model = wrapped(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4).eval())
+        model = wrapped(load(tmp_path, nf4=True).eval())
         with torch.no_grad():
             expected = torch.cat(one_by_one(model, ROWS, lambda i: model(tokens[0][i : i + 1]).logits))
             with adapters_per_row(model, ROWS):

@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer
 
 from conftest import randomize
 from oftv2 import load_adapter, merge, unwrap_model, wrap_model
-
-IDS = torch.arange(80).view(8, 10) % 128
-ROWS = [{"input_ids": row, "labels": row} for row in IDS]
-
-
-def arguments(folder: Path, **fields) -> TrainingArguments:
-    return TrainingArguments(
-        folder,
-        **{
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "report_to": [],
-            "use_cpu": True,
-            "save_steps": 3,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            **fields,
-        },
-    )
+from trainer_runs import IDS, ROWS, arguments, load
 
 
 @pytest.fixture(params=["float32", "nf4"])
@@ -41,8 +21,7 @@ def make_base(request, tiny_llama, tmp_path):
     if request.param == "float32":
         return tiny_llama
     tiny_llama().save_pretrained(tmp_path / "base")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map="cpu")
+    return lambda: load(tmp_path / "base", nf4=True)
 
 
 def test_checkpoints_hold_the_adapter_only_and_resume_without_any_difference(make_base, tmp_path):

@@ -19,7 +19,8 @@ from trl.trainer import dpo_trainer, kto_trainer
 
 from conftest import randomize
 from oftv2 import AdapterError, disable_adapter, load_adapter, reference_model, wrap_model
-from trl_runs import IDS, PAIRS, arguments, dpo, generators, load, logits, sft
+from trainer_runs import load
+from trl_runs import IDS, PAIRS, arguments, dpo, generators, logits, sft
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at names that TRL still uses
 

@@ -13,7 +13,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from conftest import randomize
 from oftv2 import AdapterError, OFTLinear, merge, wrap_model
-from trl_runs import IDS, PAIRS, TEXTS, arguments, dpo, generators, load, sft
+from trainer_runs import load
+from trl_runs import IDS, PAIRS, TEXTS, arguments, dpo, generators, sft
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at names that TRL still uses
 
