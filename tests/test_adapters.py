@@ -355,5 +355,5 @@ def test_what_holds_the_model_is_refused_and_says_where_the_model_is(outside, tm
 
 def test_arguments_that_changed_places(tmp_path):
     for call in (oftv2.save_adapter, oftv2.load_adapter):
-        with pytest.raises(AdapterError, match="first argument is the model, .* and this is a str"):
+        with pytest.raises(AdapterError, match=r"first argument is the model, .* and this is a str"):
             call(str(tmp_path), net())
