@@ -24,6 +24,11 @@ COLOURS = {
     **{"lora": "#d9730d", "qlora": "#d9730d", "dora": "#e8b04a", "peft-oft": "#6940a5", "peft-qoft": "#6940a5"},
     **{"oftv1": "#a8312f", "full": "#4d4d4b", "frozen": "#9a9a97", "frozen-nf4": "#9a9a97"},
 }
+LABELS = {
+    **{"oft": "OFT", "qoft": "QOFT", "oft-input": "OFT, input form", "oft-weight": "OFT, weight form"},
+    **{"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "peft-oft": "PEFT's OFT", "peft-qoft": "PEFT's QOFT"},
+    **{"oftv1": "original OFT", "full": "all weights", "frozen": "frozen", "frozen-nf4": "frozen, NF4"},
+}
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -38,6 +43,7 @@ class Panel:
     lines: dict[str, Points] = field(default_factory=dict)
     log_y: bool = False
     joined: bool = True
+    ticks: tuple[str, ...] = ()  # names of the values 0, 1, … of x
 
 
 Picture = list[Panel]
@@ -72,15 +78,30 @@ def sweep(rows: list[Row], over: str, methods: tuple[str, ...]) -> dict[str, Poi
 
 
 def layers(place: str) -> Picture:
-    """One layer over its peers' and over its own two forms."""
+    """One layer over its peers' and over its own two forms; what was measured at one value only has no curve."""
     rows = load(f"layer-{place}")
     y, peers = "time over the frozen layer's", ("oft", "lora", "dora", "peft-oft", "oftv1", "full")
-    return [
+    curves = [
         Panel("Tokens", "tokens", y, sweep(rows, "tokens", peers), log_y=True),
         Panel("Width", "inputs = outputs", y, sweep(rows, "in", peers), log_y=True),
         Panel("Block size", "block size b", y, sweep(rows, "block_size", ("oft", "peft-oft", "oftv1")), log_y=True),
         Panel("The two forms", "tokens", y, sweep(rows, "tokens", ("oft-input", "oft-weight", "oft"))),
     ]
+    curves = [panel for panel in curves if any(len(points) > 1 for points in panel.lines.values())]
+    return [shapes(rows, y, peers), *curves]
+
+
+def shapes(rows: list[Row], y: str, methods: tuple[str, ...]) -> Panel:
+    """Time over the frozen layer's for each number of tokens and shape of weight, at block size 32."""
+    chosen = [row for row in rows if row["mode"] == "forward + backward" and row["base"] != "NF4" and "ms" in row]
+    chosen = [row for row in chosen if row["block_size"] == 32 and row["method"] in methods]
+    keys = list(dict.fromkeys((row["tokens"], row["in"], row["out"]) for row in chosen))
+    lines: dict[str, Points] = {}
+    for row in chosen:
+        key = (row["tokens"], row["in"], row["out"])
+        lines.setdefault(row["method"], []).append((keys.index(key), row["over_frozen"]))
+    names = tuple(f"{tokens} tokens\n{wide} → {out}" for tokens, wide, out in keys)
+    return Panel("Forward and backward", "", y, lines, joined=False, ticks=names)
 
 
 def memory_of_sizes() -> Picture:
@@ -102,7 +123,7 @@ def memory_of_sizes() -> Picture:
         whole = gib(reference, "False")
         return sorted((size, value / whole[size]) for size, value in gib(method, "False").items())
 
-    x, step = "parameters of the model", "4 x 2048 tokens"
+    x, step = "parameters of the model", "4 × 2048 tokens"
     whole = {m: sorted(gib(m, "True").items()) for m in ("full", "lora", "oft", "qlora", "qoft")}
     ratios = {m: over(m, "frozen") for m in ("oftv1", "dora", "peft-oft", "lora", "oft")}
     ratios |= {m: over(m, "frozen-nf4") for m in ("qlora", "qoft")}
@@ -121,14 +142,14 @@ def quality() -> Picture:
         return []
     task = Counter(row["task"] for row in rows).most_common(1)[0][0]
     panels = [
-        Panel(f"Accuracy on {task}", "trainable parameters", "accuracy", joined=False),
-        Panel(f"Accuracy on {task}", "CPU seconds of training", "accuracy", joined=False),
+        Panel(f"Accuracy on {task}", "trainable parameters", "held-out right, %", joined=False),
+        Panel(f"Accuracy on {task}", "CPU seconds of training", "held-out right, %", joined=False),
     ]
     for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
         tried = [row for row in rows if (row["task"], row["method"]) == (task, method)]
         best = min(tried, key=lambda row: row["validation"]["loss"])["lr"]
         runs = [row for row in tried if row["lr"] == best]
-        accuracy = statistics.mean(row["test"]["accuracy"] for row in runs)
+        accuracy = 100 * statistics.mean(row["test"]["accuracy"] for row in runs)
         panels[0].lines[method] = [(runs[0]["trainable"], accuracy)]
         panels[1].lines[method] = [(statistics.mean(row["cpu_seconds"] for row in runs), accuracy)]
     return panels
@@ -143,6 +164,30 @@ def pictures() -> dict[Path, Callable[[], Picture]]:
     return {**found, RESULTS / "memory-sizes.svg": memory_of_sizes, RESULTS / "study-cpu.svg": quality}
 
 
+def label(name: str) -> str:
+    """A method as people write it: ``oft-32/nf4`` is ``OFT 32, NF4``."""
+    kind, _, base = name.partition("/")
+    kind = LABELS.get(kind) or re.sub(r"^(\w+)-(\d+)$", lambda match: f"{LABELS[match[1]]} {match[2]}", kind)
+    return f"{kind}, {base.upper()}" if base else kind
+
+
+def name_points(ax: Any, panel: Panel) -> None:
+    """Writes a name beside each loose point, a line higher or lower where another name would be in the way."""
+    ax.margins(x=0.15, y=0.1)
+    ax.autoscale_view()  # names are placed by distances in the picture
+    taken: list[tuple[float, float]] = []
+    for name, points in sorted(panel.lines.items(), key=lambda line: -line[1][0][1]):
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform(points[0]))
+        free = [
+            line
+            for line in (0, -1, 1, -2)
+            if all(abs(x - u) > 0.25 or abs(y + line / 20 - v) > 0.045 for u, v in taken)
+        ]
+        line = free[0] if free else 0
+        taken.append((x, y + line / 20))
+        ax.annotate(label(name), points[0], xytext=(5, 9 * line - 2), textcoords="offset points", fontsize=7)
+
+
 def draw(path: Path, picture: Picture) -> None:
     """Writes one picture, the same bytes for the same numbers and version of matplotlib."""
     import matplotlib
@@ -152,30 +197,35 @@ def draw(path: Path, picture: Picture) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
 
-    columns = 2
+    columns = min(2, len(picture))
     lines = -(-len(picture) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(9, 3.2 * lines), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(picture) :]:
+        ax.set_visible(False)
     for ax, panel in zip(axes.flat, picture, strict=False):
         for name, points in panel.lines.items():
             kind = re.split(r"[-/]", name)[0]
             style = {"marker": "o", "markersize": 3, "linewidth": 2.2 if kind in ("oft", "qoft") else 1.2}
             dashed = "--" if kind.startswith(("q", "peft-q")) else "-"
+            style["linestyle"] = dashed if panel.joined else "none"
             xs, ys = zip(*points, strict=True)
-            ax.plot(
-                xs, ys, dashed if panel.joined else "", label=name, color=COLOURS.get(name, COLOURS.get(kind)), **style
-            )
-            if not panel.joined:
-                ax.annotate(name, points[0], xytext=(4, 3), textcoords="offset points", fontsize=7)
+            ax.plot(xs, ys, label=label(name), color=COLOURS.get(name, COLOURS.get(kind)), **style)
         ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-        ax.set_xscale("log", base=10 if not panel.joined or "parameters" in panel.x else 2)
+        if panel.ticks:
+            ax.set_xticks(range(len(panel.ticks)), panel.ticks)
+            ax.set_ylim(bottom=1)
+        elif "seconds" not in panel.x:
+            ax.set_xscale("log", base=10 if "parameters" in panel.x else 2)
         if panel.log_y:
             ax.set_yscale("log")
             wide = ax.get_ylim()[1] > 20 * ax.get_ylim()[0]
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 3, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
-        if panel.joined:
-            ax.legend(fontsize=7, frameon=False)
+        if panel.joined or panel.ticks:
+            ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            name_points(ax, panel)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     figure.savefig(path, metadata={"Date": None, "Description": digest(picture)})

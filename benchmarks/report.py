@@ -207,7 +207,7 @@ for the backward pass is counted exactly.
 {where(layer)}):
 
 {layer_table(layer)}
-{picture("layer-cpu", "One layer over tokens, width and block size, beside its peers, and its two forms")}{
+{picture("layer-cpu", "Time of one layer over the frozen layer's, for each shape that was measured")}{
         picture("memory-sizes", "Memory of a training step over the size of the model")
     }{picture("study-cpu", "Accuracy over trainable parameters and over time")}
 **The main job** (`python examples/finetune.py --compare`: same data, steps and seed; one seed; taken before the
