@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -57,8 +58,12 @@ class OFTConfig:
         init: ``"identity"`` (zero generators) or ``"normal"`` (standard deviation 0.02; for tests and studies).
         adjust_block_size: take the nearest divisor where ``block_size`` does not divide a layer, rather than refuse.
 
+    PEFT's names are taken too: ``oft_block_size``, ``r``, ``module_dropout``, ``layers_to_transform``,
+    ``use_cayley_neumann`` with ``num_cayley_neumann_terms`` (in PEFT's count), ``coft`` with ``eps``. The fields have
+    the names and meanings above.
+
     Raises:
-        ConfigError: names the field, its value, and what is allowed.
+        ConfigError: names the field, its value, and what is allowed; or a field given under both of its names.
     """
 
     block_size: int | None = None
@@ -212,6 +217,19 @@ class OFTConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"the configuration must be a JSON object, and this is a {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _taking_pefts_names(own: Callable[..., None]) -> Callable[..., None]:
+    """The ``__init__`` of :class:`OFTConfig` for fields under PEFT's names as well."""
+
+    @functools.wraps(own)
+    def init(self: OFTConfig, *args: Any, **fields: Any) -> None:
+        own(self, *args, **OFTConfig.with_own_names(fields))
+
+    return init
+
+
+OFTConfig.__init__ = _taking_pefts_names(OFTConfig.__init__)  # type: ignore[method-assign]
 
 
 def _translated(translate: Any, values: Mapping[str, Any]) -> dict[str, Any]:
