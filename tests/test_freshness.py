@@ -116,8 +116,8 @@ def test_torch_save_and_load(layer):
 
 def test_rotation_is_built_once_in_eval_and_at_every_step_in_training(layer, monkeypatch):
     calls = []
-    original = type(layer.rotation).delta
-    monkeypatch.setattr(type(layer.rotation), "delta", lambda self, g: calls.append(1) or original(self, g))
+    original = type(layer.rotation).effective  # what every rotation is made of
+    monkeypatch.setattr(type(layer.rotation), "effective", lambda self, g: calls.append(1) or original(self, g))
     with torch.no_grad():
         for _ in range(3):
             layer(X)
