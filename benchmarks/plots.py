@@ -179,9 +179,7 @@ def name_points(ax: Any, panel: Panel) -> None:
     for name, points in sorted(panel.lines.items(), key=lambda line: -line[1][0][1]):
         x, y = ax.transAxes.inverted().transform(ax.transData.transform(points[0]))
         free = [
-            line
-            for line in (0, -1, 1, -2)
-            if all(abs(x - u) > 0.25 or abs(y + line / 20 - v) > 0.045 for u, v in taken)
+            line for line in (0, -1, 1, -2) if all(abs(x - u) > 0.17 or abs(y + line / 20 - v) > 0.04 for u, v in taken)
         ]
         line = free[0] if free else 0
         taken.append((x, y + line / 20))
@@ -205,7 +203,11 @@ def draw(path: Path, picture: Picture) -> None:
     for ax, panel in zip(axes.flat, picture, strict=False):
         for name, points in panel.lines.items():
             kind = re.split(r"[-/]", name)[0]
-            style = {"marker": "o", "markersize": 3, "linewidth": 2.2 if kind in ("oft", "qoft") else 1.2}
+            style = {
+                "marker": "o",
+                "markersize": 3 if panel.joined else 5,
+                "linewidth": 2.2 if kind in ("oft", "qoft") else 1.2,
+            }
             dashed = "--" if kind.startswith(("q", "peft-q")) else "-"
             style["linestyle"] = dashed if panel.joined else "none"
             xs, ys = zip(*points, strict=True)
