@@ -19,6 +19,7 @@ import memory_model
 import models
 from measure import Row, in_fresh_process, interleave, memory, reset_peak, timings
 from memory_model import GIB, Step
+from memory_table import SETTINGS
 from memory_trace import kept_and_peak
 from methods import METHODS, Sizes, attach, available
 from model_sizes import SIZES, Size
@@ -145,7 +146,7 @@ def whole(name: str, size: Size, options: Options) -> Iterator[Row]:
         names, missing = available(options.choose(own))
         groups = {
             f"{name}, {base}, {batch} x {length}{', checkpointing' * checkpointing}": (batch, length, checkpointing)
-            for batch, length in ([(2, 16)] if options.quick else memory_model.SETTINGS)
+            for batch, length in ([(2, 16)] if options.quick else SETTINGS)
             for checkpointing in (False, True)
         }
         groups = {group: how for group, how in groups.items() if names and options.wanted(group)}

@@ -19,7 +19,7 @@ from .config import OFTConfig
 from .errors import AdapterError
 from .functional import in_blocks_of
 from .reference import cayley, pack
-from .rotation import spectral_norm
+from .stability import spectral_norm
 from .state import get_state, oft_layers
 from .targets import Target
 

@@ -13,14 +13,13 @@ from . import functional as F
 from .config import OFTConfig
 from .errors import AdapterError
 from .merging import MergeableLayer, placement
-from .rotation import KeptRotation, Rotation, warn_of_divergence
+from .rotation import KeptRotation, Rotation
+from .stability import DivergenceCheck
 
 if TYPE_CHECKING:
     from .rows import LayerRows
 
 DEFAULT_ADAPTER = "default"
-# Reading a norm waits for an accelerator, and takes a CPU 0.1 ms: look at it once in so many training steps.
-_NORM_CHECK_INTERVAL = 64
 
 
 class OFTLayer(MergeableLayer):
@@ -71,8 +70,7 @@ class OFTLayer(MergeableLayer):
         self._original: tuple[nn.Module, ...] = ()
         self._merged_delta: Tensor | None = None
         self._cache: KeptRotation | None = None
-        self._norm_checks = 0
-        self._warned = False
+        self._check_divergence = DivergenceCheck()
         self._put(adapter_name, rotation, config.init)
         self.activate([adapter_name], trainable=True)
         self.train(base_layer.training)
@@ -122,7 +120,7 @@ class OFTLayer(MergeableLayer):
             trainable (bool | None): whether they train, while the others do not; ``None`` leaves that as it is.
         """
         self.sequence = tuple(name for name in adapter_names if name in self.rotations)
-        self._cache, self._norm_checks, self._warned = None, 0, False
+        self._cache, self._check_divergence = None, DivergenceCheck()
         if trainable is not None:
             for name, parameter in self.generators.items():
                 parameter.requires_grad_(trainable and name in self.sequence)
@@ -237,7 +235,7 @@ class OFTLayer(MergeableLayer):
         if torch.compiler.is_compiling():
             return True
         if self.training or (torch.is_grad_enabled() and any(self.generators[name].requires_grad for name in names)):
-            self._check_norms(names)
+            self._check_divergence(((self.rotations[name], self.generators[name]) for name in names), self.name)
             self._cache = None
             return True
         return False
@@ -263,16 +261,6 @@ class OFTLayer(MergeableLayer):
             return None
         packed = rotation.effective(self.generators[self.active])
         return packed.expand(rotation.num_blocks, -1) if rotation.block_share else packed
-
-    def _check_norms(self, names: Sequence[str]) -> None:
-        """Warns, once, when a series is about to diverge."""
-        if self._warned:
-            return
-        self._norm_checks += 1
-        if self._norm_checks % _NORM_CHECK_INTERVAL != 1:
-            return
-        for name in names:
-            self._warned |= warn_of_divergence(self.rotations[name], self.generators[name], self.name)
 
     # ------------------------------------------------------------------------------------------ module plumbing
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .base import OFTLayer
 from .errors import AdapterError
-from .rotation import Rotation, generator_norm, spectral_norm
+from .rotation import Rotation
+from .stability import generator_norm, spectral_norm
 from .state import oft_layers
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _eager, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (they register the operators)
+from . import _cayley_ops, _eager, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (for operators)
 from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
 from .kernels.register import register, rotates, usable
 from .reference import skew

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,7 @@ from torch import Tensor
 
 from . import functional as F
 from .config import OFTConfig
-from .errors import AdapterError, StabilityWarning
-from .reference import skew
-
-_WARN_NORM = 0.9
+from .errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -162,52 +158,6 @@ class KeptRotation:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-@torch.no_grad()
-def warn_of_divergence(rotation: Rotation, generators: Tensor, name: str) -> bool:
-    """Warns where the series of the layer ``name`` is about to diverge; returns whether it did.
-
-    ‖Q‖₂ ≤ ‖packed‖₂ spares all but few layers the search for the norm.
-    """
-    if rotation.parametrization == "cayley" or generators.is_meta:
-        return False
-    packed = rotation.effective(generators)
-    if torch.linalg.vector_norm(packed, dim=1).amax() <= _WARN_NORM:
-        return False
-    norm = generator_norm(packed, rotation.block_size)
-    if norm <= _WARN_NORM:
-        return False
-    warnings.warn(
-        f"{name}: the generators reached ‖Q‖₂ = {norm:.2f}; from 1 on the Neumann series diverges and R is no rotation "
-        'any more. Lower the learning rate, set OFTConfig.constraint, or use parametrization="cayley", which is '
-        "orthogonal for every Q",
-        StabilityWarning,
-        stacklevel=2,
-    )
-    return True
-
-
-def generator_norm(packed: Tensor, block_size: int) -> float:
-    """The largest spectral norm ``‖Q‖₂`` of the blocks of packed generators ``(r, b(b−1)/2)``."""
-    return spectral_norm(skew(packed.float(), block_size)).amax().item()
-
-
-def spectral_norm(matrices: Tensor) -> Tensor:
-    """The largest singular value of each of ``(r, b, b)`` matrices, to 0.1%: ``(r,)``.
-
-    ``AᵀA`` squared ten times is all but the projector on its top eigenvectors; batched products do in milliseconds what
-    one decomposition a block does in seconds.
-    """
-    gram = matrices.mT @ matrices
-    power = _normalized(gram)
-    for _ in range(10):
-        power = _normalized(power @ power)
-    return ((power @ gram) * power).sum((1, 2)).clamp_min(0).sqrt()  # Rayleigh quotient; ‖power‖_F is 1
-
-
-def _normalized(matrices: Tensor) -> Tensor:
-    return matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
 
 
 def _nearest_divisors(number: int, size: int) -> list[int]:

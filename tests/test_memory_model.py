@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import memory_model
+import memory_table
 import model_sizes
 import models
 import oftv2.base
@@ -117,16 +117,16 @@ def test_parameters_are_the_papers() -> None:
 
 
 def test_the_committed_table_is_current() -> None:
-    with open(Path(memory_model.__file__).parent / "results" / "memory-model.csv", newline="") as file:
+    with open(memory_table.RESULTS / "memory-model.csv", newline="") as file:
         written = list(csv.DictReader(file))
-    expected = memory_model.rows()
+    expected = memory_table.rows()
     assert [{key: str(value if value is not None else "") for key, value in row.items()} for row in expected] == written
-    assert "1 x 1024" in memory_model.table(expected)
+    assert "1 x 1024" in memory_table.table(expected)
 
 
 def test_the_papers_figures_are_reproduced() -> None:
     """At a step of 1024 tokens; the paper tells neither batch nor length, and the largest models are off the most."""
-    compared = [(float(row["paper_gb"]), row["predicted_gb"]) for row in memory_model.rows() if row["paper_gb"]]
+    compared = [(float(row["paper_gb"]), row["predicted_gb"]) for row in memory_table.rows() if row["paper_gb"]]
     assert len(compared) == 30
     assert all(predicted == pytest.approx(paper, rel=0.2) for paper, predicted in compared)
     off = sorted(abs(predicted / paper - 1) for paper, predicted in compared)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import assert_close, randomize
 from oftv2 import OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, diagnostics, unwrap_model, wrap_model
-from oftv2.rotation import spectral_norm
+from oftv2.stability import spectral_norm
 
 IDS = torch.arange(20).view(2, 10) % 128
 
