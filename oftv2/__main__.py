@@ -179,7 +179,7 @@ def load_base(name: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise AdapterError("--base needs transformers: pip install 'oftv2[transformers]'") from error
+        raise AdapterError("--base needs transformers: pip install transformers accelerate") from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
