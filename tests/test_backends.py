@@ -201,7 +201,7 @@ class TestModels:
 
 class TestLlama:
     @pytest.mark.parametrize("library", ["torchao", "quanto"])
-    def test_a_whole_language_model(self, library: str, tiny_llama, tmp_path: Path) -> None:
+    def test_a_whole_language_model(self, library: str, tiny_llama) -> None:
         """Every layer but the head is quantized with the library's own function and adapted by default."""
         from optimum import quanto
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
