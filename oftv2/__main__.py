@@ -31,7 +31,7 @@ INSPECT_EXAMPLES = """examples:
   python -m oftv2 inspect style.safetensors
 """
 CONVERT_EXAMPLES = """examples:
-  python -m oftv2 convert adapter/ for-peft/ --to peft --base HuggingFaceTB/SmolLM2-135M
+  python -m oftv2 convert adapter/ for-peft/ --to peft
   python -m oftv2 convert from-peft/ ours/ --to oftv2
   python -m oftv2 convert adapter/ lora/ --to lora --base path/to/base --rank 64
   python -m oftv2 convert adapter/ lora/ --to lora --base path/to/base --tolerance 0.05
@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("adapter", help="a folder of oftv2's or PEFT's, or a single safetensors file")
     convert.add_argument("out", type=Path, help="the folder to write")
     convert.add_argument("--to", required=True, choices=("peft", "oftv2", "lora"), help="the format")
-    convert.add_argument("--base", help="the base model, a folder or a name on the hub; --to oftv2 rarely needs it")
+    convert.add_argument(
+        "--base", help="the base model, a folder or a name on the hub; by default, the one noted in ADAPTER"
+    )
     size = convert.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, help="lora: the rank")
     size.add_argument("--tolerance", type=float, help="lora: the smallest rank with an error below this in every layer")
@@ -137,11 +139,12 @@ def _convert(options: argparse.Namespace) -> None:
         options.usage_error(f"--to {options.to} {wanted}")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())) and not options.force:
         raise AdapterError(f"{options.out} exists and is not empty: choose another folder, or use --force")
+    if options.base is None and options.to != "oftv2":  # PEFT finds layers by the names of the model's modules
+        options.base = read_adapter(options.adapter, as_trained=options.as_trained).base["name_or_path"]
+        if not options.base:
+            options.usage_error(f"--to {options.to} needs --base: {options.adapter} does not note its base model")
+        print(f"base model, as noted in the adapter: {options.base}", file=sys.stderr)
     if options.base is None:
-        if options.to != "oftv2":
-            options.usage_error(
-                f"--to {options.to} needs --base: PEFT finds layers by the names of the model's modules"
-            )
         rewrite_adapter(read_adapter(options.adapter, as_trained=options.as_trained), options.out)
         print(f"written to {options.out}")
         return
@@ -176,7 +179,7 @@ def load_base(name: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise AdapterError("--base needs transformers: pip install 'oftv2[transformers]'") from error
+        raise AdapterError("--base needs transformers: pip install transformers accelerate") from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)

@@ -9,7 +9,7 @@ from .diagnostics import summary
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError("oftv2.callbacks needs transformers: pip install 'oftv2[transformers]'") from error
+    raise ImportError("oftv2.callbacks needs transformers: pip install transformers accelerate") from error
 
 
 class OFTCallback(TrainerCallback):

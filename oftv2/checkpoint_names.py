@@ -48,7 +48,7 @@ def load_config(folder: Path) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise AdapterError("merging checkpoints needs transformers: pip install 'oftv2[transformers]'") from error
+        raise AdapterError("merging checkpoints needs transformers: pip install transformers accelerate") from error
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

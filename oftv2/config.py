@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -58,8 +59,12 @@ class OFTConfig:
         init: ``"identity"`` (zero generators) or ``"normal"`` (standard deviation 0.02; for tests and studies).
         adjust_block_size: take the nearest divisor where ``block_size`` does not divide a layer, rather than refuse.
 
+    PEFT's names are taken too: ``oft_block_size``, ``r``, ``module_dropout``, ``layers_to_transform``,
+    ``use_cayley_neumann`` with ``num_cayley_neumann_terms`` (in PEFT's count), ``coft`` with ``eps``. The fields have
+    the names and meanings above.
+
     Raises:
-        ConfigError: names the field, its value, and what is allowed.
+        ConfigError: names the field, its value, and what is allowed; or a field given under both of its names.
     """
 
     block_size: int | None = None
@@ -221,6 +226,19 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(unknown[0], known, n=2)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ConfigError(f"OFTConfig has no field {', '.join(map(repr, unknown))}; {hint}It has {', '.join(known)}")
+
+
+def _taking_pefts_names(own: Callable[..., None]) -> Callable[..., None]:
+    """The ``__init__`` of :class:`OFTConfig` for fields under PEFT's names as well."""
+
+    @functools.wraps(own)
+    def init(self: OFTConfig, *args: Any, **fields: Any) -> None:
+        own(self, *args, **OFTConfig.with_own_names(fields))
+
+    return init
+
+
+OFTConfig.__init__ = _taking_pefts_names(OFTConfig.__init__)  # type: ignore[method-assign]
 
 
 def _translated(translate: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import safetensors
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import small_models
@@ -52,6 +53,20 @@ def test_convert_to_peft_and_back(saved, capsys):
         assert one.metadata()["oftv2"].replace(str(folder), "") == two.metadata()["oftv2"].replace(str(folder), "")
         assert sorted(one.keys()) == sorted(two.keys())
         assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in sorted(one.keys()))
+
+
+def test_the_base_that_the_adapter_notes_is_taken_where_none_is_given(saved, capsys):
+    folder, wanted = saved
+    for kind in (("peft",), ("lora", "--rank", "64")):
+        assert main(["convert", str(folder / "adapter"), str(folder / kind[0]), "--to", *kind]) == 0
+        assert f"base model, as noted in the adapter: {folder / 'base'}" in capsys.readouterr().err
+        assert relative(answer(from_peft(base_of(folder), folder / kind[0])), wanted) < 1e-5
+    manifest = save_adapter(wrap_model(nn.Sequential(nn.Linear(32, 8)), block_size=16), folder / "unnamed")
+    with pytest.raises(SystemExit) as exit:
+        main(["convert", str(manifest), str(folder / "out"), "--to", "peft"])
+    assert exit.value.code == 2
+    assert "does not note its base model" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_convert_to_oftv2_needs_no_base(saved):
@@ -130,8 +145,6 @@ def test_errors_are_one_line_and_exit_code_1(saved, capsys):
     [
         (("--to", "lora", "--base", "base"), "needs --rank"),
         (("--to", "peft", "--base", "base", "--rank", "4"), "takes no --rank"),
-        (("--to", "peft"), "needs --base"),
-        (("--to", "lora", "--rank", "4"), "needs --base"),
         (("--to", "gguf"), "invalid choice"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -171,7 +171,7 @@ def test_unknown_fields_are_refused_with_the_known_ones():
         match=r"'blocksize', 'rank'; did you mean 'block_size'.*It has .*adjust",
     ):
         OFTConfig.from_dict({"rank": 8, "blocksize": 32, "block_size": 32})
-    with pytest.raises(TypeError, match="blocksize"):
+    with pytest.raises(ConfigError, match=r"'blocksize'; did you mean 'block_size'"):
         OFTConfig(blocksize=32)
 
 

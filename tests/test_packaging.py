@@ -141,6 +141,14 @@ print(json.dumps([oftv2.__file__, oftv2.kernels.__file__, spec and spec.origin, 
     assert (site / "oftv2" / "py.typed").exists()
 
 
+def test_the_source_folder_in_place_of_the_installed_library_says_so(installed, source):
+    command = [installed[0], "-c", "import oftv2"]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "ImportError: this oftv2 is the source folder of a checkout" in done.stderr
+    assert "pip install -e ." in done.stderr
+
+
 def test_an_installed_library_works(installed, tmp_path):
     done = python(USE, cwd=tmp_path, executable=installed[0])
     assert done.stdout == ""

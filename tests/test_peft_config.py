@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import peft
 import pytest
@@ -57,6 +58,8 @@ SAME = {
 def test_fields_under_pefts_names(theirs, ours):
     one, other = (wrap_model(nn.Sequential(nn.Linear(32, 8)), **fields) for fields in (theirs, ours))
     assert one._oftv2.configs == other._oftv2.configs
+    config = OFTConfig(**theirs)
+    assert config == OFTConfig(**ours) == dataclasses.replace(config) == OFTConfig.from_json(config.to_json())
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,8 @@ def test_fields_under_pefts_names(theirs, ours):
 def test_a_field_under_both_names_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         wrap_model(linear(), **fields)
+    with pytest.raises(ConfigError, match=message):
+        OFTConfig(**fields)
 
 
 @pytest.mark.parametrize(
