@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,13 +74,22 @@ def base_of(name: str, options: Options) -> str:
     return "NF4" if METHODS[name].nf4 else options.dtype_name
 
 
-def groups(options: Options, *methods: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """For each list of methods on one base: the name of its group, and those of them that are wanted, if any."""
+def by_base(
+    options: Options, measure: Callable[[Row, list[str], Options], Iterator[Row]], *methods: list[str]
+) -> Iterator[Row]:
+    """For each list of methods on one base, rows of those that are wanted, if any.
+
+    ``measure`` is called with the columns that all rows of the group share and the methods that can run here.
+    """
     for own in methods:
-        names = [name for name in options.choose(own) if name in own]
+        asked = [name for name in options.choose(own) if name in own]
         group = f"{options.model}, {base_of(own[0], options)}"
-        if names and options.wanted(group):
-            yield group, names
+        if asked and options.wanted(group):
+            shared = common(options, group)
+            names, missing = available(asked)
+            yield from missing_rows(shared, missing)
+            if names:
+                yield from measure(shared, names, options)
 
 
 def missing_rows(shared: Row, missing: dict[str, str]) -> Iterator[Row]:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from adapted import base_of, common, groups, in_own_memory, missing_rows, together, tokens
+from adapted import base_of, by_base, in_own_memory, together, tokens
 
 import models
 from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
 from merging import MERGE, check_merged
-from methods import METHODS, Sizes, attach, available, perturb
+from methods import METHODS, Sizes, attach, perturb
 from options import Options
 
 OWN = ["oft", "peft-oft", "lora", "dora"]
@@ -24,21 +24,17 @@ OWN_NF4 = ["qoft", "peft-qoft", "qlora"]
 
 
 def measure(options: Options) -> Iterator[Row]:
-    for group, names in groups(options, OWN, OWN_NF4):
-        yield from _measure(group, names, options)
+    return by_base(options, _measure, OWN, OWN_NF4)
 
 
-def _measure(group: str, names: list[str], options: Options) -> Iterator[Row]:
-    shared = common(options, group)
-    names, missing = available(names)
-    yield from missing_rows(shared, missing)
+def _measure(shared: Row, names: list[str], options: Options) -> Iterator[Row]:
     peaks = {
         name: in_fresh_process(
             "suite_merge:peak",
             **{"name": name, "model": options.model, "device": str(options.device), "dtype": options.dtype_name},
             **{"seed": options.seed, "block_size": options.sizes.block_size, "rank": options.sizes.rank},
         )
-        for name in bar(() if options.quick else names, f"{group}: peak memory")
+        for name in bar(() if options.quick else names, f"{shared['group']}: peak memory")
     }
     found, _ = together(options, names)
     ids = tokens(options, 2, 16)
@@ -50,7 +46,7 @@ def _measure(group: str, names: list[str], options: Options) -> Iterator[Row]:
         waiting[name] = found[name]
     runs = {name: Merging(name, model) for name, model in waiting.items()}
     effort = {**options.effort, "rounds": min(options.rounds, 7)}
-    samples = interleave(runs, options.device, wall=True, warmup=1, title=group, **effort)
+    samples = interleave(runs, options.device, wall=True, warmup=1, title=shared["group"], **effort)
     samples = {name: runs[name].seconds[-len(taken) :] for name, taken in samples.items()}
     for name in names:
         row = {**shared, "method": name, "base": base_of(name, options)}

@@ -55,24 +55,24 @@ def _one_layer(name: str, full: Size, options: Options) -> Iterator[Row]:
         group = f"{name}, one layer, {base}, {LAYER[0]} x {LAYER[1]}{what}"
         if names and options.wanted(group):
             shared = _shared(group, name, full, base, *LAYER, False, options)
-            yield from measured(group, shared, names, missing, size, base, options)
+            yield from measured(shared, names, missing, size, base, options)
             yield from missing_rows(shared, missing)
 
 
 def _timed(
-    group: str, shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
+    shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
 ) -> Iterator[Row]:
     ids = tokens(options, *LAYER)
     adapted = _adapted(names, size, base, options)
     runs = {name: step(name, model, ids) for name, model in adapted.items()}
-    samples = interleave(runs, options.device, warmup=1, least=3, title=group, **options.effort)
+    samples = interleave(runs, options.device, warmup=1, least=3, title=shared["group"], **options.effort)
     for name, model in adapted.items():
         row = {**shared, "method": name, **timings(samples, name, METHODS[name].ratios)}
         yield row | _kept(name, model, ids, size, base)
 
 
 def _beside_v1(
-    group: str, shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
+    shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
 ) -> Iterator[Row]:
     seconds = 6 * sum(n * d * d for d, n in size.projections.values()) / OPERATIONS  # the dense products of a step
     if seconds > LONGEST:
@@ -104,7 +104,7 @@ def _kept(name: str, model: Any, ids: torch.Tensor, size: Size, base: str) -> Ro
 
 
 def _resident(
-    group: str, shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
+    shared: Row, names: list[str], missing: dict[str, str], size: Size, base: str, options: Options
 ) -> Iterator[Row]:
     for name in names[:2] if options.quick else names:
         predicted = memory_model.peak(_step(name, size, base, *LAYER, False, "cpu"))

@@ -13,6 +13,7 @@ from ._quant_ops import Weight4bit
 
 
 def dequantize_4bit(module: Any) -> Tensor:
+    """The weight ``(n, d)`` of a 4-bit layer, in float32."""
     from bitsandbytes import functional
 
     state = copy.copy(module.weight.quant_state)
@@ -30,6 +31,7 @@ def weight_4bit(module: Any) -> Weight4bit:
 
 
 def requantize_4bit(module: Any, weight: Tensor) -> nn.Module:
+    """A copy of a 4-bit layer with another weight ``(n, d)``, quantized as the layer's own was."""
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
@@ -80,12 +82,14 @@ def _int8_scales(module: Any) -> Tensor:
 
 
 def dequantize_int8(module: Any) -> Tensor:
+    """The weight ``(n, d)`` of an int8 layer, in float32."""
     if module.state.has_fp16_weights:
         return module.weight.detach().float()
     return module.weight.data.float() * (_int8_scales(module).float()[:, None] / 127)
 
 
 def requantize_int8(module: Any, weight: Tensor) -> nn.Module:
+    """A copy of an int8 layer with another weight ``(n, d)``, quantized as the layer's own was."""
     from bitsandbytes import MatmulLtState
     from bitsandbytes.nn import Int8Params
 

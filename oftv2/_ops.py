@@ -84,6 +84,7 @@ def rotate_few(x: Tensor, delta: Tensor) -> Tensor:
 
 @default("rotate")
 def rotate(x: Tensor, delta: Tensor) -> Tensor:
+    """``x + x Δ`` of ``x`` ``(..., d)`` and ``Δ`` ``(r, b, b)``, in the dtype of ``x``."""
     check_rotation(x, delta)
     if x.element_size() < 4 and x.device.type == "cpu":  # its 16-bit products are slow and coarse
         flat, out = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -117,6 +118,7 @@ def _grouped_convolution(x: Tensor, R: Tensor) -> Tensor:
 
 @default("rotate_delta_grad")
 def rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
+    """``∂L/∂Δ = Σ xᵀ ∂L/∂y`` over the tokens, block by block, ``(r, b, b)``; summed in float32 at least on a CPU."""
     wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     x_blocks, grad_blocks = as_blocks(x, delta), as_blocks(grad, delta)
     total = torch.zeros(delta.shape, dtype=wide, device=x.device)

@@ -45,12 +45,15 @@ class AdapterFile:
     apart: tuple[str, ...] = ()
 
     def generators(self, layer: str) -> Tensor:
+        """A layer's packed generators, as they are in the file."""
         return self.tensors[PREFIX + layer + GENERATORS]
 
     def parameter(self, name: str) -> Tensor:
+        """A parameter of the base model that trained in full."""
         return self.tensors[PREFIX + name]
 
     def expected_keys(self) -> set[str]:
+        """The names of the tensors that the description promises."""
         layers = {PREFIX + layer + GENERATORS for layer in self.block_sizes}
         return layers | {PREFIX + name for name in self.trained}
 

@@ -66,6 +66,7 @@ class Checkpoint:
     dequantized: torch.dtype | None = None
 
     def entry(self, key: str) -> Entry:
+        """The dtype, shape and size of a tensor."""
         return self.where[key].entries[key]
 
     def side_files(self) -> tuple[list[Path], list[str]]:

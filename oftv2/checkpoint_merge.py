@@ -71,7 +71,7 @@ def merge_checkpoint(
             _write_file(work.path / name, source, plan.adapter, pieces, bar)
         if bar is not None:
             bar.close()
-        notes = [*plan.notes, *_write_rest(work.path, source, plan, str(base), Path(adapter))]
+        notes = [*plan.notes, *_write_rest(work.path, source, plan, str(base))]
         work.finish()
     return notes
 
@@ -156,7 +156,7 @@ def merged_tensor(base: Checkpoint, adapter: AdapterFile, piece: Piece) -> Tenso
     return layer.base_layer.weight.detach().to(dtype)
 
 
-def _write_rest(folder: Path, base: Checkpoint, plan: Plan, base_name: str, adapter: Path) -> list[str]:
+def _write_rest(folder: Path, base: Checkpoint, plan: Plan, base_name: str) -> list[str]:
     """Everything but the weights; what was left behind."""
     kept, left = base.side_files()
     for path in kept:

@@ -64,6 +64,7 @@ class Plan:
 
     @property
     def size(self) -> int:
+        """Bytes of all tensors to be written."""
         return sum(piece.entry.size for pieces in self.files.values() for piece in pieces.values())
 
 

@@ -23,12 +23,15 @@ class HeadWatch:
         self.called = True
 
     def start(self, module: nn.Module, args: Any) -> None:
+        """Before a pass of the model: the head was not called yet."""
         self.called = torch.compiler.is_compiling()
 
     def note(self, module: nn.Module, args: Any) -> None:
+        """Before a call of the head."""
         self.called = True
 
     def check(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a pass of the model: AdapterError where the head's adapter trains and the head was passed over."""
         head = self.head
         rotating = head.rotating or head.current_rows is not None
         trains = rotating and module.training and torch.is_grad_enabled() and not self.called

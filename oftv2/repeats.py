@@ -21,6 +21,7 @@ class Repeats:
     any_number: bool = False
 
     def allow(self, number: int) -> bool:
+        """Whether every row may come this many times."""
         return self.any_number or number in (0, 1, self.number)
 
 

@@ -57,7 +57,7 @@ def test_every_adapter_is_saved_by_its_name_whatever_is_active(folders, tmp_path
     assert not (tmp_path / "none").exists()
 
 
-def test_loading_over_one_of_several(folders, tmp_path):
+def test_loading_over_one_of_several(folders):
     model = three()
     for name in "abc":
         randomize(model, name, 9)

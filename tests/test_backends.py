@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import trained
 from torch import nn
 
 from conftest import randomize
@@ -41,7 +42,7 @@ from other_backends import (
     stored,
     weight_of,
 )
-from quantized import relative, train_step, trainable
+from quantized import relative, train_step
 
 
 class Model(nn.Module):
@@ -167,7 +168,7 @@ class TestModels:
             "down.generators.default",
         ]
         before = {name: stored(getattr(model, name).base_layer) for name in ("up", "down")}
-        optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
+        optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
         x, y = torch.randn(16, 24), torch.randn(16, 5)
         losses = [train_step(model, optimizer, x, y) for _ in range(8)]
         assert losses[-1] < losses[0]
@@ -201,7 +202,7 @@ class TestModels:
 
 class TestLlama:
     @pytest.mark.parametrize("library", ["torchao", "quanto"])
-    def test_a_whole_language_model(self, library: str, tiny_llama, tmp_path: Path) -> None:
+    def test_a_whole_language_model(self, library: str, tiny_llama) -> None:
         """Every layer but the head is quantized with the library's own function and adapted by default."""
         from optimum import quanto
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -216,7 +217,7 @@ class TestLlama:
         adapters = [name for name, module in model.named_modules() if isinstance(module, QuantOFTLinear)]
         assert len(adapters) == 14
         ids = torch.randint(3, 128, (2, 12))
-        optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
+        optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
         losses = []
         for _ in range(4):
             loss = model.train()(input_ids=ids, labels=ids).loss

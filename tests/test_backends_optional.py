@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import trained
 from torch import nn
 
 from oftv2 import AdapterError, QuantOFTLinear, RequantizationWarning, merge, reference, wrap_model
 from oftv2.backends import find_backend
 from other_backends import B, adapted, assert_same_bits, dense, rotation_of, stored, weight_of
-from quantized import relative, trainable
+from quantized import relative
 
 
 def library(name: str) -> Any:
@@ -102,7 +103,7 @@ class TestLayers:
         wrapped = wrap_model(nn.Sequential(nn.Linear(32, 128), base), block_size=B)
         assert type(wrapped[1]) is QuantOFTLinear
         wrapped(torch.randn(2, 5, 32)).sum().backward()
-        assert all(parameter.grad is not None for parameter in trainable(wrapped))
+        assert all(parameter.grad is not None for parameter in trained(wrapped))
         layer, bits = adapted(base), stored(base)
         x, g = torch.randn(2, 7, 128), torch.randn(2, 7, 96)
         weight, bias = weight_of(base), layer.bias.detach().double()

@@ -168,7 +168,7 @@ def test_nothing_is_overwritten_without_force(saved, capsys):
     assert (folder / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_what_peft_cannot_hold_is_an_error_when_asked_for(saved, tiny_llama, capsys):
+def test_what_peft_cannot_hold_is_an_error_when_asked_for(saved, capsys):
     folder, _ = saved
     model = wrap_model(base_of(folder), block_size=16, neumann_terms=1)
     save_adapter(model, folder / "odd", format="oftv2")

@@ -11,7 +11,6 @@ from oftv2 import AdapterError, OFTConfig, OFTLinear
 from oftv2.cost_model import CPU, GPUS, Machine, Problem, cheapest, costs, machine
 
 H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
-FORMS = ("input", "weight", "fused")
 # Infinitely fast in all but one respect.
 BYTES = Machine("bytes", 1.0, float("inf"), 0.0, "")
 OPERATIONS = Machine("operations", float("inf"), 1.0, 0.0, "")

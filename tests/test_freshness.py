@@ -147,7 +147,7 @@ def test_inference_mode_leaves_nothing_that_autograd_refuses(layer):
     check(layer)
 
 
-def test_disabled_layer_is_the_base_layer(layer):
+def test_disabled_layer_is_the_base_layer():
     model = nn.Sequential(nn.Linear(64, 16))
     wrap_model(model, block_size=16)
     randomize(model)

@@ -122,7 +122,7 @@ def test_a_card_is_renewed_until_somebody_edits_it(tiny_llama, tmp_path):
     assert card.read_text() == "Something else"
 
 
-def test_push_to_hub_and_back(tiny_llama, tmp_path, hub):
+def test_push_to_hub_and_back(tiny_llama, hub):
     model = wrapped(tiny_llama)
     commit = model.push_to_hub("mine", private=True, max_shard_size="1GB", commit_message="First")
     assert commit == "https://hub/user/mine: First"

@@ -239,6 +239,7 @@ class TestFromGenerators:
         generators = packed(2, 32).float().to(kernel_device)
         upstream = torch.randn(20, 64, device=kernel_device)
         ops.neumann_rotate(x, generators, 32, 4).backward(upstream)
+        assert launches == ["rotate", "rotate"]
         expected = F.rotate(upstream, F.cayley_neumann(generators, 32).mT)
         assert_close("∂x", x.grad, expected, 2e-6)
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from adapted import trained
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from torch import nn
 
@@ -36,7 +37,6 @@ from quantized import (
     quantized,
     relative,
     train_step,
-    trainable,
     wrapped,
 )
 
@@ -152,7 +152,7 @@ class TestTraining:
         model = wrap_model(Block(kind), block_size=B, target_modules=["up", "down"])
         before = {name: packed_weight(getattr(model, name).base_layer) for name in ("up", "down")}
         x, y = torch.randn(16, 24), torch.randn(16, 5)
-        optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
+        optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
         losses = []
         for _ in range(8):
             model.eval()
@@ -208,7 +208,7 @@ class TestTraining:
         for mode in (True, False):
             assert torch.equal(model.train(mode)(x), twin.train(mode)(x))
         before, weight = model(x).detach(), packed_weight(model.up.base_layer)
-        optimizer = torch.optim.AdamW(trainable(twin), lr=5e-3)
+        optimizer = torch.optim.AdamW(trained(twin), lr=5e-3)
         assert train_step(twin, optimizer, x, y) > train_step(twin, optimizer, x, y)
         merge(twin)
         assert torch.equal(model(x), before)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import trained
 from torch import nn
 
 import oftv2
@@ -36,7 +37,6 @@ from quantized import (
     packed_weight,
     quantized,
     relative,
-    trainable,
     wrapped,
 )
 
@@ -48,10 +48,10 @@ class TestSaveAndLoad:
         save_adapter(model, tmp_path)
         again = load_adapter(Block(kind), tmp_path)
         assert torch.equal(again.train()(x), model.train()(x))
-        assert not trainable(again)
+        assert not trained(again)
         assert type(again.up) is QuantOFTLinear
         resumed = load_adapter(Block(kind), tmp_path, trainable=True)
-        assert len(trainable(resumed)) == 2
+        assert len(trained(resumed)) == 2
 
     @pytest.mark.parametrize("saved", ["nf4", "int8", "dense"])
     @pytest.mark.parametrize("loaded", ["fp4-double", "int8", "dense"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from adapted import trained
 from torch import Tensor, nn
 
 from conftest import randomize
@@ -32,7 +33,6 @@ from quantized import (
     quantize,
     quantized,
     relative,
-    trainable,
 )
 
 
@@ -144,7 +144,7 @@ def quantize_llama(model: nn.Module, kind: str) -> nn.Module:
 def train_llama(model: nn.Module, steps: int = 6) -> list[float]:
     """Losses on one batch, with an evaluation before every step."""
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(2))
-    optimizer = torch.optim.AdamW(trainable(model), lr=5e-3)
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
     losses = []
     for _ in range(steps):
         model.eval()
