@@ -1,8 +1,8 @@
 """Generators to rotated activations as one autograd node that calls the default implementations themselves.
 
 On a CPU, a small layer spends most of its time between operators: the dispatcher, a Python autograd kernel and a node
-for each of two operators take longer than the rotation of 64 tokens. Where something looks
-at single operators (a compiler, a dispatch mode, a tensor subclass), the operators are called.
+for each of two operators take longer than the rotation of a few tokens. Where something looks at single operators (a
+compiler, a dispatch mode, a tensor subclass), the operators are called.
 """
 
 from __future__ import annotations
