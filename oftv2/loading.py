@@ -17,6 +17,7 @@ from .base_check import compare_base
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, refuse, without_copies
 from .gradient_check import check_gradients
+from .optimizer_check import watch_optimizers
 from .reading import read_adapter
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
@@ -94,6 +95,8 @@ def load_adapter(
     if trainable is not None:
         for parameter in adapter_parameters(model, adapter_name):
             parameter.requires_grad_(trainable)
+    if trainable:
+        watch_optimizers(model)
     _warn_of_notes(adapter, folder)
     return model
 
