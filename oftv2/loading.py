@@ -17,6 +17,7 @@ from .base_check import compare_base
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, refuse, without_copies
 from .gradient_check import check_gradients
+from .merged_before import config_of, merged_before
 from .optimizer_check import watch_optimizers
 from .reading import read_adapter
 from .single_file import located
@@ -46,7 +47,8 @@ def load_adapter(
             safetensors file of OneTrainer's or sd-scripts'.
         adapter_name (str | None): the name it gets; ``None`` is ``"default"``, and adds no further adapter.
         trainable (bool | None): whether to go on training it. ``None``: as the adapter of this name was, else no.
-        check_base (bool): compare a sketch of the base weights with that of the model it was trained on.
+        check_base (bool): refuse a model whose weights are not those that the adapter was trained on, by a sketch of
+            them, or that has this adapter merged into them already.
             PEFT's files have none.
         as_trained (bool): of adapters that PEFT wrote before 0.18: with the series that they were trained with, and not
             with the slightly different one that later PEFTs read them with.
@@ -155,7 +157,8 @@ def _check_fit(
     problems = check_tensors(adapter) + problems
     if check_base and not problems:
         with base_values(model):
-            problems += compare_base(model, adapter.base)
+            found = merged_before(config_of(model), adapter) or compare_base(model, adapter.base)
+        problems += [f"{problem}; check_base=False loads it all the same" for problem in found]
     refuse(f"the adapter in {folder} does not fit, and nothing was loaded", problems)
 
 
