@@ -48,8 +48,7 @@ def load_adapter(
         adapter_name (str | None): the name it gets; ``None`` is ``"default"``, and adds no further adapter.
         trainable (bool | None): whether to go on training it. ``None``: as the adapter of this name was, else no.
         check_base (bool): refuse a model whose weights are not those that the adapter was trained on, by a sketch of
-            them, or that has this adapter merged into them already.
-            PEFT's files have none.
+            them (PEFT's files have none), or that has this adapter merged into them already.
         as_trained (bool): of adapters that PEFT wrote before 0.18: with the series that they were trained with, and not
             with the slightly different one that later PEFTs read them with.
 
