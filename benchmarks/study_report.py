@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from study_plan import CORE, LEARNING_RATES, LORA, OFT, SEEDS, SIZES, TASKS, Method, Row, Run, best_lr, plan
+from study_plan import CORE, LORA, OFT, SEEDS, SIZES, TASKS, Method, Row, Run, best_lr, plan
 from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
 
@@ -103,13 +103,13 @@ def task_table(results: Results, task: str) -> str:
         rows = results.best(task, method)
         if not rows:
             continue
-        grid, lr = LEARNING_RATES[method.kind], rows[0]["lr"]
+        lr, tried = rows[0]["lr"], {row["lr"] for row in results.sweep(task, method)}
         figures = [(figure, form, scale), (loss, ".3f", 1.0), (prose, ".1f", 1.0), (others, ".2f", 1.0)]
         lines.append(
             [
                 label(method),
                 f"{rows[0]['trainable'] / 1e6:.2f} M",
-                f"{lr:g}" + (" (edge)" if lr in (min(grid), max(grid)) else ""),
+                f"{lr:g}" + (" (edge)" if lr in (min(tried), max(tried)) else ""),
                 str(len(rows)),
                 *(show(interval([f(row) for row in rows]), form, scale) for f, form, scale in figures),
                 f"{sum(row['cpu_seconds'] / row['steps'] for row in rows) / len(rows):.2f}",

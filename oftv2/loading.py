@@ -15,7 +15,15 @@ from .adapters import check_addable, put
 from .base import DEFAULT_ADAPTER
 from .base_check import compare_base
 from .errors import AdapterError, PeftFormatWarning
-from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, refuse, without_copies
+from .fitting import (
+    check_tensors,
+    check_trained,
+    compare_plain,
+    compare_wrapped,
+    refuse,
+    with_scaled_weights,
+    without_copies,
+)
 from .gradient_check import check_gradients
 from .merged_before import config_of, merged_before
 from .optimizer_check import watch_optimizers
@@ -43,8 +51,8 @@ def load_adapter(
 
     Args:
         model (nn.Module): the base model that the adapter was trained on, quantized or not; or a wrapped one.
-        folder (str | os.PathLike): what :func:`save_adapter` or PEFT (an OFT of 0.16 or later) wrote; or a single
-            safetensors file of OneTrainer's or sd-scripts'.
+        folder (str | os.PathLike): what :func:`save_adapter` or PEFT (0.14 or later) wrote; or a single safetensors
+            file of OneTrainer's or sd-scripts'.
         adapter_name (str | None): the name it gets; ``None`` is ``"default"``, and adds no further adapter.
         trainable (bool | None): whether to go on training it. ``None``: as the adapter of this name was, else no.
         check_base (bool): refuse a model whose weights are not those that the adapter was trained on, by a sketch of
@@ -146,7 +154,9 @@ def _read_for(model: nn.Module, folder: str | os.PathLike[str], as_trained: bool
     adapter = read_adapter(folder, as_trained=as_trained)
     if adapter.origin not in ("oftv2", "PEFT"):
         adapter = located(adapter, model)
-    return without_copies(adapter, model, adapter_name) if adapter.origin == "PEFT" else adapter
+    if adapter.origin == "PEFT":
+        adapter = with_scaled_weights(without_copies(adapter, model, adapter_name), model)
+    return adapter
 
 
 def _check_fit(

@@ -69,7 +69,13 @@ def test_best_learning_rate_is_the_validation_loss_s() -> None:
     assert best_lr(rows, wanted) == best
     diverged = [r | {"diverged": True} if r.get("lr") == best else r for r in rows]
     assert best_lr(diverged, wanted) == second
-    assert [run.lr for run in compare(rows, TASKS[0], (OFT,))][3:] == [best, best]
+    above = 2 * best  # the best is the highest of the grid
+    assert [run.lr for run in compare(rows, TASKS[0], (OFT,))][3:] == [above, best, best]
+    better = [*rows, row(lr=above, loss=0.05)]
+    assert [run.lr for run in compare(better, TASKS[0], (OFT,))][3:] == [above, above, above]
+    assert [run.lr for run in compare(diverged, TASKS[0], (OFT,))][3:] == [second / 2, second, second]
+    middle = [r | {"validation": {"loss": 0.0}} if r.get("lr") == LEARNING_RATES["oft"][0] else r for r in rows]
+    assert [run.lr for run in compare(middle, TASKS[0], (OFT,))][3:] == [LEARNING_RATES["oft"][0]] * 2
 
 
 def test_intervals() -> None:
@@ -256,7 +262,8 @@ def test_report_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     study_results.append(path, row(CORE[2], 1e-3, 0, 0.3))
     study_results.append(path, row(CORE[4], 1e-4, 0, 0.3, diverged=True))
     report = study_tables(path)
-    assert f"12 of {len(plan([]))} planned runs are done, 0 others besides; 1 diverged" in report
+    planned = len(plan([])) + 1  # OFT's best is the highest of its learning rates: one more
+    assert f"12 of {planned} planned runs are done, 0 others besides; 1 diverged" in report
     # the means of 0.2, 0.21, 0.22 and t(2) · 0.01 / √3
     assert "| OFT b = 32 | 0.03 M | 0.001 (edge) | 3 | 81.1 ± 2.0 | 0.210 ± 0.025 |" in report
     assert "| OFT b = 32 − LoRA r = 16 | sums | 3 |" in report
