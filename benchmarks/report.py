@@ -257,7 +257,9 @@ for the backward pass is counted exactly.
 {layer_table(layer)}
 {picture("layer-cpu", "Time of one layer over the frozen layer's, for each shape that was measured")}{
         picture("memory-sizes", "Memory of a training step over the size of the model")
-    }{picture("study-cpu", "Accuracy over trainable parameters and over time")}
+    }{picture("study-cpu", "Accuracy over trainable parameters and over time")}{
+        picture("study-ablations-cpu", "Forgetting over what was learned, Neumann terms, learning rates")
+    }
 **The main job** (`python examples/finetune.py --compare`: same data, steps and seed; one seed; taken before the
 rotation's CPU path was reworked, so its speed is that of the version before):
 

@@ -1,7 +1,6 @@
-"""Tables and plots of the study's results, finished or not.
+"""Tables of the study's results, finished or not (plots.py draws them).
 
-python benchmarks/study_report.py                           # prints the tables
-python benchmarks/study_report.py --plot runs/study.png     # draws the plots as well
+python benchmarks/study_report.py > benchmarks/results/study-cpu.md
 """
 
 from __future__ import annotations
@@ -254,13 +253,8 @@ def study_tables(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="(%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plots into this file")
     args = parser.parse_args()
     print(study_tables(args.results))
-    if args.plot:
-        from study_plots import study_plots  # only here: matplotlib is slow to load
-
-        study_plots(args.results, args.plot)
 
 
 if __name__ == "__main__":
