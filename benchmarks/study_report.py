@@ -191,6 +191,16 @@ def grid_table(results: Results, study: str) -> str:
     return markdown(["method", "learning rate: loss (accuracy)"], lines)
 
 
+def differences(results: Results, ours: Method, theirs: Method, figure: Callable[[Row], float]) -> dict[str, str]:
+    """By task with several seeds of both: ours is ``"lower"``, ``"higher"`` or, within the noise, ``"open"``."""
+    words = {}
+    for task in TASKS:
+        difference = paired(results.best(task, ours), results.best(task, theirs), figure)
+        if difference is not None and difference.n > 1:
+            words[task] = "open" if not difference.excludes_zero else "lower" if difference.mean < 0 else "higher"
+    return words
+
+
 def verdicts(results: Results) -> list[str]:
     """What the runs say of each goal, in words; intervals over seeds that hold zero decide nothing."""
     lines = []
@@ -201,14 +211,10 @@ def verdicts(results: Results) -> list[str]:
         ("NF4 no worse than float32, with OFT", PAIRS[2], loss),
     )
     for text, (ours, theirs), figure in goals:
-        found = {}
-        for task in TASKS:
-            difference = paired(results.best(task, ours), results.best(task, theirs), figure)
-            if difference is not None and difference.n > 1:
-                word = "open" if not difference.excludes_zero else "yes" if difference.mean < 0 else "no"
-                found[task] = word
+        found = differences(results, ours, theirs, figure)
         missing = [task for task in TASKS if task not in found]
-        said = ", ".join(f"{task} {word}" for task, word in found.items()) or "nothing yet"
+        words = {"lower": "yes", "higher": "no", "open": "open"}
+        said = ", ".join(f"{task} {words[word]}" for task, word in found.items()) or "nothing yet"
         lines.append(f"- {text}: {said}" + (f" (not run: {', '.join(missing)})" if missing else "") + ".")
     return lines
 

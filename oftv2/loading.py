@@ -25,6 +25,8 @@ from .fitting import (
     without_copies,
 )
 from .gradient_check import check_gradients
+from .merged_before import config_of, merged_before
+from .optimizer_check import watch_optimizers
 from .reading import read_adapter
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
@@ -53,8 +55,8 @@ def load_adapter(
             file of OneTrainer's or sd-scripts'.
         adapter_name (str | None): the name it gets; ``None`` is ``"default"``, and adds no further adapter.
         trainable (bool | None): whether to go on training it. ``None``: as the adapter of this name was, else no.
-        check_base (bool): compare a sketch of the base weights with that of the model it was trained on.
-            PEFT's files have none.
+        check_base (bool): refuse a model whose weights are not those that the adapter was trained on, by a sketch of
+            them (PEFT's files have none), or that has this adapter merged into them already.
         as_trained (bool): of adapters that PEFT wrote before 0.18: with the series that they were trained with, and not
             with the slightly different one that later PEFTs read them with.
 
@@ -102,6 +104,8 @@ def load_adapter(
     if trainable is not None:
         for parameter in adapter_parameters(model, adapter_name):
             parameter.requires_grad_(trainable)
+    if trainable:
+        watch_optimizers(model)
     _warn_of_notes(adapter, folder)
     return model
 
@@ -162,7 +166,8 @@ def _check_fit(
     problems = check_tensors(adapter) + problems
     if check_base and not problems:
         with base_values(model):
-            problems += compare_base(model, adapter.base)
+            found = merged_before(config_of(model), adapter) or compare_base(model, adapter.base)
+        problems += [f"{problem}; check_base=False loads it all the same" for problem in found]
     refuse(f"the adapter in {folder} does not fit, and nothing was loaded", problems)
 
 
