@@ -134,11 +134,8 @@ def _adapters_kept(step: Step) -> int:
 
 
 def _delta_kept(step: Step) -> int:
-    """Rotations that operators keep: those of the input form on a CPU; others are made anew from the generators."""
-    if step.device != "cpu":
-        return 0
-    weight_form = _in_weight_form(step)
-    return sum(d * step.block_size * 4 for d, n in step.size.projections.values() if (d, n) not in weight_form)
+    """Rotations that are kept: on a CPU; a GPU makes them anew from the generators."""
+    return sum(d * step.block_size * 4 for d, _ in step.size.projections.values()) if step.device == "cpu" else 0
 
 
 def _in_weight_form(step: Step) -> list[tuple[int, int]]:

@@ -48,32 +48,34 @@ def _pack_skew_grad(grad: Tensor) -> Tensor:
     return flat.index_select(1, upper) - flat.index_select(1, lower)
 
 
-def _horner(Q: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``P = Q²``, ``H = Q + Q²``, and where Horner's scheme for ``Δ = 2(Q + … + Qᵏ) + Qᵏ⁺¹`` starts.
+def _horner(generators: Tensor, block_size: int, terms: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``Q``, ``P = Q²``, and where Horner's scheme for ``Δ = 2(Q + … + Qᵏ) + Qᵏ⁺¹`` starts.
 
-    ``V ← 2H + V·P``, ⌈k/2⌉ − 1 times, ends at Δ; the start is ``2H + P·Q`` for even k and ``2H − P`` for odd k. With P
-    that makes k/2 + 1 products.
+    ``V ← 2H + V·P`` with ``H = Q + P``, ⌈k/2⌉ − 1 times, ends at Δ; the start is ``2H + P·Q`` for even k and ``2H − P``
+    for odd k. With P that makes k/2 + 1 products. Each adds to an H of its own: adding it up again beats copying it.
     """
+    Q = _skew(generators, block_size)
     P = torch.bmm(Q, Q)
     H = Q + P
-    return P, H, torch.baddbmm(H, P, Q, beta=2) if terms % 2 == 0 else H + Q
+    return Q, P, H.baddbmm_(P, Q, beta=2) if terms % 2 == 0 else H.add_(Q)
 
 
 @default("cayley_neumann")
 def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
-    P, H, V = _horner(_skew(generators, block_size), terms)
+    Q, P, V = _horner(generators, block_size, terms)
     for _ in range((terms - 1) // 2):
-        V = torch.baddbmm(H, V, P, beta=2)
+        V = (Q + P).baddbmm_(V, P, beta=2)
     return V
 
 
 @default("cayley_neumann_backward")
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
-    Q = _skew(generators, block_size)
-    P, H, V = _horner(Q, terms)  # Qᵀ = −Q, Pᵀ = P
-    values, grads = [V], [grad]  # of V: forward from the start, and backward from Δ
-    for _ in range((terms - 1) // 2):
-        values.append(torch.baddbmm(H, values[-1], P, beta=2))
+    Q, P, V = _horner(generators, block_size, terms)  # Qᵀ = −Q, Pᵀ = P
+    values = [V]  # of V, from the start to the last one before Δ
+    grads = [grad]  # of V, from Δ back to the start
+    for step in range((terms - 1) // 2):
+        if step:
+            values.append((Q + P).baddbmm_(values[-1], P, beta=2))
         grads.append(torch.bmm(grads[-1], P))
     grad_H = functools.reduce(torch.add, grads)  # half of it
     if terms % 2 == 0:

@@ -68,8 +68,9 @@ def as_blocks(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Parts of the tokens of ``x`` of ``(T, d)``: a CPU's caches are smaller than x."""
-    step = max(1, _CHUNK_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
+    """Parts of the tokens of ``x`` of ``(T, d)``, about as large as each other: a CPU's caches are smaller than x."""
+    count = -(-x.numel() // _CHUNK_ELEMENTS) if x.device.type == "cpu" else 1
+    step = max(1, -(-x.shape[0] // max(1, count)))
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
@@ -121,6 +122,8 @@ def rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """``∂L/∂Δ = Σ xᵀ ∂L/∂y`` over the tokens, block by block, ``(r, b, b)``; summed in float32 at least on a CPU."""
     wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     x_blocks, grad_blocks = as_blocks(x, delta), as_blocks(grad, delta)
+    if x.dtype == grad.dtype == delta.dtype and 0 < x.numel() <= _CHUNK_ELEMENTS:
+        return torch.bmm(x_blocks.mT, grad_blocks)
     total = torch.zeros(delta.shape, dtype=wide, device=x.device)
     for part in _chunks(x.reshape(-1, x.shape[-1])):
         total.baddbmm_(x_blocks[:, part].to(wide).mT, grad_blocks[:, part].to(wide))

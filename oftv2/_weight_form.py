@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, check_features, check_rotation, default, identity
+from ._ops import add_identity, check_features, check_rotation, default, identity, rotate, rotate_delta_grad
 
 torch.library.define("oftv2::weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.define(
@@ -31,10 +31,12 @@ torch.library.define("oftv2::weight_form_delta_grad", "(Tensor grad_x, Tensor x,
 _SMALL_WEIGHT = 1 << 20
 
 
-def _rotated(weight: Tensor, delta: Tensor) -> Tensor:
+def rotated(weight: Tensor, delta: Tensor) -> Tensor:
     """``W′``; of a small W as the transpose of R times Wᵀ, which takes W as it lies and returns rows of Wᵀ."""
-    if weight.device.type != "cpu" or weight.numel() > _SMALL_WEIGHT:
+    if weight.device.type != "cpu":
         return torch.ops.oftv2.rotate(weight, delta.mT)
+    if weight.numel() > _SMALL_WEIGHT:
+        return rotate(weight, delta.mT)
     R = add_identity(delta.to(weight.dtype))
     return torch.bmm(R, weight.t().unflatten(0, delta.shape[:2])).flatten(0, 1).t()
 
@@ -42,22 +44,23 @@ def _rotated(weight: Tensor, delta: Tensor) -> Tensor:
 @default("weight_form")
 def _weight_form(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_rotation(x, delta)
-    return torch.nn.functional.linear(x, _rotated(weight, delta), bias)
+    return torch.nn.functional.linear(x, rotated(weight, delta), bias)
 
 
 @default("weight_form_backward")
 def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x = grad @ _rotated(weight, delta)
+    grad_x = grad @ rotated(weight, delta)
     return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
 
 
 @default("weight_form_delta_grad")
 def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """``∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j``, and ``(∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ``."""
-    products = torch.ops.oftv2.rotate_delta_grad(grad_x, x, delta)
     R = add_identity(delta)
-    inverse = _inverse(R) if R.device.type == "cpu" else torch.linalg.inv_ex(R).inverse  # does not wait for the device
-    return torch.bmm(products, inverse.mT)
+    if R.device.type == "cpu":
+        return torch.bmm(rotate_delta_grad(grad_x, x, delta), _inverse(R).mT)
+    inverse = torch.linalg.inv_ex(R).inverse  # does not wait for the device
+    return torch.bmm(torch.ops.oftv2.rotate_delta_grad(grad_x, x, delta), inverse.mT)
 
 
 def _inverse(R: Tensor) -> Tensor:

@@ -234,8 +234,9 @@ class OFTLayer(MergeableLayer):
         """Whether Δ has to be built anew; drops the cache then."""
         if torch.compiler.is_compiling():
             return True
-        if self.training or (torch.is_grad_enabled() and any(self.generators[name].requires_grad for name in names)):
-            self._check_divergence(((self.rotations[name], self.generators[name]) for name in names), self.name)
+        generators = self.generators_of(names)
+        if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
+            self._check_divergence(zip((self.rotations[name] for name in names), generators, strict=True), self.name)
             self._cache = None
             return True
         return False
@@ -255,11 +256,12 @@ class OFTLayer(MergeableLayer):
         pass's rotation; None where it is cached, exact, has dropout, or is a product of several."""
         if len(self.sequence) != 1:
             return None
-        rotation = self.rotation
+        (name,) = self.sequence
+        rotation = self.rotations[name]
         plain = rotation.parametrization == "cayley_neumann" and not (self.training and rotation.dropout)
         if not (plain and self._changes(self.sequence)):
             return None
-        packed = rotation.effective(self.generators[self.active])
+        packed = rotation.effective(getattr(self.generators, name))
         return packed.expand(rotation.num_blocks, -1) if rotation.block_share else packed
 
     # ------------------------------------------------------------------------------------------ module plumbing

@@ -81,13 +81,13 @@ class Problem(NamedTuple):
     quantized: bool = False
 
 
-@functools.lru_cache(maxsize=4096)
 def costs(problem: Problem, forms: tuple[str, ...], on: Machine) -> dict[str, float]:
     """Seconds beyond the frozen layer of each of ``forms``."""
     estimate = {INPUT: _input, WEIGHT: _weight, FUSED: _fused}
     return {form: estimate[form](problem, on) for form in forms}
 
 
+@functools.lru_cache(maxsize=4096)
 def cheapest(problem: Problem, forms: tuple[str, ...], on: Machine) -> str:
     """The form of the least cost; the first of ``forms`` where they are equal."""
     found = costs(problem, forms, on)

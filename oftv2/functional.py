@@ -184,6 +184,17 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
     return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
 
 
+def neumann_weight_form(
+    x: Tensor, generators: Tensor, weight: Tensor, bias: Tensor | None, block_size: int, terms: int = 4
+) -> Tensor:
+    """:func:`oft_linear` in the weight form, ``Δ`` being made on the way; arguments as there and in
+    :func:`neumann_rotate`.
+    """
+    if x.is_cpu and not runs_kernels(x.device) and _eager.unobserved(x, generators, weight):
+        return _eager.NeumannWeightForm.apply(x, generators, weight, bias, block_size, terms)
+    return torch.ops.oftv2.neumann_weight_form(x, generators, weight, bias, block_size, terms)
+
+
 def runs_kernels(device: torch.device) -> bool:
     """Whether a device runs the Triton kernels."""
     return device.type == "cuda" and usable(device)

@@ -15,6 +15,8 @@ from .merging import rotated, with_weight
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' ``Conv1D`` (GPT-2), a linear layer that keeps its weight as ``(d, n)``."""
+    if type(module) is nn.Linear:
+        return False
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
 
 
@@ -67,7 +69,7 @@ class OFTLinear(OFTLayer):
         if form == WEIGHT and (packed := self.changing_generators()) is not None:
             rotation = self.rotation
             settings = rotation.block_size, rotation.terms
-            return torch.ops.oftv2.neumann_weight_form(x, packed, self.weight, self.bias, *settings)
+            return F.neumann_weight_form(x, packed, self.weight, self.bias, *settings)
         return F.oft_linear(x, self.delta(x.dtype), self.weight, self.bias, form=form)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,7 +85,10 @@ class OFTLinear(OFTLayer):
 
     def forms(self, dtype: torch.dtype, *, gradient: bool) -> tuple[str, ...]:
         """The forms that a call with activations of ``dtype`` can take."""
-        return F.forms(dtype, self.weight, self.bias, gradient=gradient) if self._only_multiplies() else (INPUT,)
+        base = self.base_layer
+        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or not self.unhooked():
+            return (INPUT,)  # calling it may do more than multiply by an ordinary weight
+        return F.forms(dtype, base.weight, base.bias, gradient=gradient)
 
     def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
         """The sizes of a call, for the cost model."""
@@ -110,10 +115,6 @@ class OFTLinear(OFTLayer):
         """``n``."""
         base = self.base_layer
         return base.weight.shape[1] if is_conv1d(base) else base.out_features
-
-    def _only_multiplies(self) -> bool:
-        """Whether calling the base layer does nothing but multiply by an ordinary weight: no hooks, no subclass."""
-        return type(self.base_layer) is nn.Linear and type(self.base_layer.weight) is nn.Parameter and self.unhooked()
 
     def unhooked(self) -> bool:
         """Whether calling the base layer runs its class's forward alone."""

@@ -1,4 +1,4 @@
-"""Generators to rotated activations in one autograd node on a CPU: the operators' results, and when it stands aside."""
+"""Generators to activations in one autograd node on a CPU: the operators' results, and when it stands aside."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ def test_bit_for_bit_as_the_operators(dtype, trains):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("trains", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("n", [7, 50_000], ids=["small", "large"])
+def test_weight_form_bit_for_bit_as_the_operators(n, bias, trains, dtype):
+    x, generators = operands(9, 24, 8, dtype)
+    weight, offset = torch.randn(n, 24, dtype=dtype), torch.randn(n, dtype=dtype) if bias else None
+    found = []
+    for form in (F.neumann_weight_form, torch.ops.oftv2.neumann_weight_form):
+        inputs = [t.detach().clone().requires_grad_(needs) for t, needs in zip((x, generators), trains, strict=True)]
+        y = form(*inputs, weight, offset, 8, 4)
+        y.square().sum().backward()
+        found.append([y, *(tensor.grad for tensor in inputs)])
+    assert "NeumannWeightForm" in type(F.neumann_weight_form(x, generators, weight, offset, 8).grad_fn).__name__
+    for ours, theirs, needs in zip(*found, (True, *trains), strict=True):
+        assert (ours is not None) == needs
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
 def test_autocast_leaves_the_rotation_in_float32():
     x, generators = operands(9, 24, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,10 +97,20 @@ def test_operators_are_called_where_something_looks_at_them():
     compiled = torch.compile(lambda x, packed: F.neumann_rotate(x, packed, 8), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, generators), y)
 
+    weight = torch.randn(7, 24)
+    with OperatorCounter() as counter:
+        y = F.neumann_weight_form(x, generators, weight, None, 8)
+    assert "neumann_weight_form" in counter.names
+    torch.testing.assert_close(F.neumann_weight_form(x, generators, weight.as_subclass(Tagged), None, 8), Tagged(y))
+
 
 def test_second_derivatives_are_refused():
     x, generators = operands(9, 24, 8)
     (first,) = torch.autograd.grad(F.neumann_rotate(x, generators, 8).square().sum(), generators, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    y = F.neumann_weight_form(x, generators, torch.randn(7, 24), None, 8)
+    (first,) = torch.autograd.grad(y.square().sum(), generators, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -92,3 +121,7 @@ def test_layers_use_it_and_wrong_features_are_refused():
     assert "NeumannRotate" in type(y.grad_fn.next_functions[1][0]).__name__
     with pytest.raises(RuntimeError, match="x has 16 features"):
         F.neumann_rotate(torch.randn(5, 16), layer.generators["default"], 8)
+    layer.form = "weight"
+    assert "NeumannWeightForm" in type(layer(torch.randn(5, 24)).grad_fn).__name__
+    with pytest.raises(RuntimeError, match="x has 16 features"):
+        F.neumann_weight_form(torch.randn(5, 16), layer.generators["default"], layer.weight, None, 8)
