@@ -50,9 +50,7 @@ def stopped(on_disk, monkeypatch):
 def merges(monkeypatch):
     """Counts the tensors that are rotated."""
     original, done = oftv2.checkpoint_merge.merged_rows, []
-    monkeypatch.setattr(
-        oftv2.checkpoint_merge, "merged_rows", lambda *parts: (done.append(parts), original(*parts))[1]
-    )
+    monkeypatch.setattr(oftv2.checkpoint_merge, "merged_rows", lambda *parts: (done.append(parts), original(*parts))[1])
     return done
 
 
