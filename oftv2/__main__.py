@@ -42,7 +42,7 @@ MERGE_EXAMPLES = """examples:
   python -m oftv2 merge path/to/base adapter/ merged/
   python -m oftv2 merge HuggingFaceTB/SmolLM2-135M adapter/ merged/ --dtype bfloat16
 
-The base model is not loaded: memory is needed for about three times its largest tensor. OUT appears when it is
+The base model is not loaded: a few MB of its weights are in memory at a time. OUT appears when it is
 complete; run the same command again to go on with a merge that was stopped. The result is a plain model of
 transformers'; from a base that bitsandbytes quantized, one of 16 bit.
 """

@@ -78,9 +78,15 @@ def sketch(module: Any) -> dict[str, Any] | None:
     return sketch_weight(weight, quantized=backend is not None)
 
 
+def sketched_rows(count: int) -> range:
+    """The rows of a weight that its sketch is made of; a weight of just these has the same sketch."""
+    return range(0, count, max(1, count // _ROWS))[:_ROWS]
+
+
 def sketch_weight(weight: Tensor, *, quantized: bool) -> dict[str, Any]:
     """The sketch of a floating-point weight of two dimensions or more."""
-    rows = weight.flatten(1)[:: max(1, weight.shape[0] // _ROWS)][:_ROWS].float().cpu()
+    chosen = sketched_rows(weight.shape[0])
+    rows = weight.flatten(1)[chosen.start : chosen.stop : chosen.step].float().cpu()
     position = torch.arange(rows.shape[1], dtype=torch.float64)
     values = rows @ torch.cos(0.37 * position * position).float()
     return {"quantized": quantized, "values": [round(value, 7) for value in values.tolist()]}

@@ -1,4 +1,4 @@
-"""An adapter merged into a model on disk, tensor by tensor, in memory for the largest one and its rotated copy.
+"""An adapter merged into a model on disk, some rows of a tensor at a time, so that memory does not grow with the model.
 
 The result is an ordinary model of transformers'. It appears in one step, and a merge that was stopped goes on after the
 last complete file.
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from .adapter_file import CONFIG_FILE, AdapterFile, write_atomically
 from .checkpoint import INDEX_FILE, MODEL_CONFIG, Checkpoint, open_checkpoint
 from .checkpoint_plan import Piece, Plan, make_plan
 from .errors import AdapterError
-from .merging import with_weight
+from .layers import is_conv1d
+from .merging import row_slices
 from .model_card import write_merged_card
 from .reading import read_adapter, tensors_file
+from .rotation import Rotation
 from .safetensors_stream import DTYPES, tensor_pieces, write_tensors
 from .work_folder import WorkFolder
 
@@ -124,7 +126,7 @@ def _write_file(path: Path, base: Checkpoint, adapter: AdapterFile, pieces: dict
         piece = pieces[key]
         if piece.copied and piece.source is not None and piece.entry == base.entry(piece.source):
             return base.where[piece.source].pieces(piece.source)
-        return tensor_pieces(merged_tensor(base, adapter, piece))
+        return (part for rows in merged_rows(base, adapter, piece) for part in tensor_pieces(rows))
 
     original = base.files[path.name].metadata
     begun = path.with_name(f"{path.name}.begun")
@@ -134,27 +136,29 @@ def _write_file(path: Path, base: Checkpoint, adapter: AdapterFile, pieces: dict
     os.replace(begun, path)
 
 
-def merged_tensor(base: Checkpoint, adapter: AdapterFile, piece: Piece) -> Tensor:
-    """The tensor of the merged checkpoint; rotated in float32 or wider, and rounded once."""
-    dtype = DTYPES[piece.entry.dtype]
-    if piece.source is None:
-        stored, value = dtype, adapter.parameter(piece.trained or "")
-    else:
-        stored = DTYPES[base.entry(piece.source).dtype]
-        value = adapter.parameter(piece.trained) if piece.trained else base.where[piece.source].read(piece.source)
-    value = value.to(stored)
-    if piece.target is None:
-        return value.to(dtype)
-    if dtype != stored:
-        value = value.to(torch.promote_types(stored, torch.float32))
-    target = piece.target
-    layer = target.layer_class(
-        with_weight(target.module, value), adapter.config, name=target.name, block_size=target.block_size
-    )
-    with torch.no_grad():
-        layer.generators[layer.active].copy_(adapter.generators(target.name))
-    layer.merge()
-    return layer.base_layer.weight.detach().to(dtype)
+def merged_rows(base: Checkpoint, adapter: AdapterFile, piece: Piece) -> Iterator[Tensor]:
+    """A tensor of the merged checkpoint, some rows at a time; rotated in float32 or wider, and rounded once.
+
+    A weight whose rows are not rotated each on its own comes whole: of a ``Conv1D``, or of a convolution with groups.
+    """
+    key, target, dtype = piece.source or "", piece.target, DTYPES[piece.entry.dtype]
+    stored = DTYPES[base.entry(key).dtype] if key else dtype
+    wide = torch.promote_types(stored, torch.float32)
+    trained = torch.atleast_1d(adapter.parameter(piece.trained)) if piece.trained else None
+    slices: Iterable[slice] = row_slices(piece.entry.shape)
+    if target is not None:
+        features, groups = target.layer_class.rotated_features(target.module)
+        if groups > 1 or is_conv1d(target.module):
+            slices = [slice(0, piece.entry.shape[0])]
+        size = target.block_size
+        rotation = Rotation.resolve(adapter.config, features, target.name, groups=groups, block_size=size)
+        delta = rotation.delta(adapter.generators(target.name).to(wide))
+    for part in slices:
+        rows = base.where[key].read(key, part) if trained is None else trained[part]
+        rows = rows.to(stored)
+        if target is not None:
+            rows = target.layer_class.rotated_weight(target.module, rows if dtype == stored else rows.to(wide), delta)
+        yield rows.to(dtype)
 
 
 def _write_rest(folder: Path, base: Checkpoint, plan: Plan, base_name: str) -> list[str]:

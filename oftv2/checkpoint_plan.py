@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .adapter_file import AdapterFile
-from .base_check import compare_sketches, sketch_weight
+from .base_check import compare_sketches, sketch_weight, sketched_rows
 from .checkpoint import Checkpoint
 from .checkpoint_config import Changes, class_notes, merged_config, with_labels
 from .checkpoint_names import StoredNames, empty_model, load_config, model_class, stored_names
@@ -227,11 +227,11 @@ def _entry_in(entry: Entry, dtype: torch.dtype | None) -> Entry:
 def _other_base(base: Checkpoint, adapter: AdapterFile, draft: _Draft) -> list[str]:
     def ours(layer: str) -> dict[str, Any] | None:
         source = draft.sources.get(layer)
-        return (
-            None
-            if source is None
-            else sketch_weight(base.where[source].read(source), quantized=base.dequantized is not None)
-        )
+        if source is None:
+            return None
+        file, rows = base.where[source], sketched_rows(base.entry(source).shape[0])
+        weight = torch.cat([file.read(source, slice(row, row + 1)) for row in rows])
+        return sketch_weight(weight, quantized=base.dequantized is not None)
 
     return compare_sketches(adapter.base, ours)
 

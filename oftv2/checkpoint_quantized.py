@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._quant_ops import Weight4bit, dequantize_4bit, with_plain_scales
+from ._quant_ops import Weight4bit, dequantize_4bit
 from .errors import AdapterError
+from .merging import row_slices
 from .safetensors_stream import Entry, TensorFile, tensor_pieces
 
 _STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 _PARTS_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *_STATES)
 _PARTS_8BIT = ("SCB", "weight_format")
-_STEP = 1 << 20  # weights at a time: a multiple of every block size
 
 
 class DequantizedFile(TensorFile):
@@ -46,48 +47,52 @@ class DequantizedFile(TensorFile):
             elif not _is_part(name, where):
                 self.entries[name] = entry
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice) -> Tensor:
         if name in self._states:
-            return self._read_4bit(name, self._states[name])
+            return self._read_4bit(name, rows)
         if _scales(name) in self._where:
-            return self._read_8bit(name)
-        return super().read(name)
+            return self._read_8bit(name, rows)
+        return super().read(name, rows)
 
     def pieces(self, name: str) -> Iterator[bytes | memoryview]:
         if name in self._states or _scales(name) in self._where:
-            return tensor_pieces(self.read(name))
+            parts = row_slices(self.entries[name].shape)
+            return (piece for rows in parts for piece in tensor_pieces(self.read(name, rows)))
         return super().pieces(name)
 
-    def _read_4bit(self, name: str, state: dict[str, Any]) -> Tensor:
-        packed, absmax, code = self.raw(name), self._part(name + ".absmax"), self._part(name + ".quant_map").float()
-        nested, blocksize2 = [], 0
+    def _read_4bit(self, name: str, rows: slice) -> Tensor:
+        state, shape = self._states[name], self.entries[name].shape
+        size, size2 = state["blocksize"], state.get("nested_blocksize", 1)
+        start, stop = (row * math.prod(shape[1:]) for row in (rows.start, rows.stop))
+        first = start - start % (size * size2)  # where a scale begins, and if scales are quantized, one of theirs
+        packed = self.raw(name, first // 2, -(-stop // 2))
+        absmax = self._part(name + ".absmax", first // size, -(-stop // size))
+        nested = []
         if "nested_blocksize" in state:
-            nested = [self._part(f"{name}.nested_{part}").float() for part in ("quant_map", "absmax")]
+            scales = self._part(name + ".nested_absmax", first // (size * size2), -(-stop // (size * size2)))
+            nested = [self._part(name + ".nested_quant_map").float(), scales.float()]
             nested.append(torch.tensor(state["nested_offset"]))
-            blocksize2 = state["nested_blocksize"]
-        size = state["blocksize"]
-        whole = with_plain_scales(Weight4bit(packed, absmax, code, nested, state["shape"], size, blocksize2))
-        out = torch.empty(self.entries[name].shape)
-        for start in range(0, out.numel(), _STEP):
-            part = out.view(-1)[start : start + _STEP]
-            scales = whole.absmax[start // size :]
-            piece = whole._replace(packed=packed[start // 2 :][: _STEP // 2], absmax=scales, shape=[part.numel()])
-            part.copy_(dequantize_4bit(piece, torch.float32))
-        return out
+        code = self._part(name + ".quant_map").float()
+        weight = Weight4bit(packed, absmax, code, nested, [2 * packed.numel()], size, size2)
+        return dequantize_4bit(weight, torch.float32)[start - first : stop - first].view(-1, *shape[1:])
 
-    def _read_8bit(self, name: str) -> Tensor:
+    def _read_8bit(self, name: str, rows: slice) -> Tensor:
         layout = name.removesuffix("weight") + "weight_format"
         if layout in self._where and self._where[layout].raw(layout).item() != 0:
             raise AdapterError(f"{name} is stored in a layout of bitsandbytes' own: save the model anew with today's")
-        weight = self.raw(name).view(torch.int8).view(self.entries[name].shape)
-        return weight.float().mul_(self._part(_scales(name)).float()[:, None] / 127)
+        width = self.entries[name].shape[1]
+        weight = self.raw(name, rows.start * width, rows.stop * width).view(torch.int8).view(-1, width)
+        return weight.float().mul_(self._part(_scales(name), rows.start, rows.stop).float()[:, None] / 127)
 
-    def _part(self, name: str) -> Tensor:
+    def _part(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """One of the tensors that a weight is made of, of one dimension, or its values from ``start`` to ``stop``."""
         if name not in self._where:
             raise AdapterError(f"the checkpoint lacks {name}, without which the weight cannot be dequantized")
         file = self._where[name]
-        data = file.raw(name)
-        return data.view(torch.float32) if data.numel() and file.entries[name].dtype == "F32" else data
+        wide = file.entries[name].dtype == "F32"
+        size = 4 if wide else 1
+        data = file.raw(name, start * size, None if stop is None else stop * size)
+        return data.view(torch.float32) if wide else data
 
 
 def _scales(name: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from . import functional as F
 from .base import OFTLayer
-from .merging import rotated, with_weight
+from .merging import rotated
 
 
 class OFTConv2d(OFTLayer):
@@ -32,15 +33,6 @@ class OFTConv2d(OFTLayer):
     def rotated_features(base_layer: Any) -> tuple[int, int]:
         return base_layer.groups * base_layer.weight[0].numel(), base_layer.groups
 
-    def _as_rows(self, weight: Tensor) -> Tensor:
-        """``(n, C/groups, kh, kw)`` as ``(n/groups, C · kh · kw)``: one row holds a patch of every group."""
-        groups = self.base_layer.groups
-        return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(0, 1).flatten(1)
-
-    def _as_kernels(self, rows: Tensor) -> Tensor:
-        groups, shape = self.base_layer.groups, self.base_layer.weight.shape
-        return rows.view(shape[0] // groups, groups, -1).transpose(0, 1).reshape(shape)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.rotating:
             return self._convolve(x, self.delta())
@@ -50,9 +42,20 @@ class OFTConv2d(OFTLayer):
     def _convolve(self, x: Tensor, delta: Tensor | None) -> Tensor:
         if delta is None:
             return self.base_layer(x)
-        kernels = self._as_kernels(F.rotate(self._as_rows(self.base_layer.weight), delta.mT))
+        weight, groups = self.base_layer.weight, self.base_layer.groups
+        kernels = _as_kernels(F.rotate(_as_rows(weight, groups), delta.mT), groups, weight.shape)
         return self.base_layer._conv_forward(x, kernels, self.base_layer.bias)
 
-    def merged_base(self, delta: Tensor) -> nn.Module:
-        rows = self._as_rows(self.base_layer.weight.detach())
-        return with_weight(self.base_layer, self._as_kernels(rotated(rows, delta.mT)))
+    @staticmethod
+    def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
+        groups = base_layer.groups
+        return _as_kernels(rotated(_as_rows(weight, groups), delta.mT), groups, weight.shape)
+
+
+def _as_rows(weight: Tensor, groups: int) -> Tensor:
+    """``(n, C/groups, kh, kw)`` as ``(n/groups, C · kh · kw)``: one row holds a patch of every group."""
+    return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(0, 1).flatten(1)
+
+
+def _as_kernels(rows: Tensor, groups: int, shape: torch.Size) -> Tensor:
+    return rows.view(shape[0] // groups, groups, -1).transpose(0, 1).reshape(shape)

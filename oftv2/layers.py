@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .base import OFTLayer
 from .cost_model import INPUT, WEIGHT, Problem, cheapest, machine
-from .merging import rotated, with_weight
+from .merging import rotated
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -120,11 +120,11 @@ class OFTLinear(OFTLayer):
         """Whether calling the base layer runs its class's forward alone."""
         return unhooked(self.base_layer)
 
-    def merged_base(self, delta: Tensor) -> nn.Module:
-        weight = self.base_layer.weight.detach()
-        if is_conv1d(self.base_layer):
-            return with_weight(self.base_layer, rotated(weight.mT, delta.mT).mT.contiguous())
-        return with_weight(self.base_layer, rotated(weight, delta.mT))
+    @staticmethod
+    def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
+        if is_conv1d(base_layer):
+            return rotated(weight.mT, delta.mT).mT.contiguous()
+        return rotated(weight, delta.mT)
 
 
 class OFTEmbedding(OFTLayer):
@@ -149,5 +149,6 @@ class OFTEmbedding(OFTLayer):
         rows = self.current_rows
         return vectors if rows is None else rows.rotate(self, vectors)
 
-    def merged_base(self, delta: Tensor) -> nn.Module:
-        return with_weight(self.base_layer, rotated(self.base_layer.weight.detach(), delta))
+    @staticmethod
+    def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
+        return rotated(weight, delta)

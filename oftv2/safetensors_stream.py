@@ -1,4 +1,4 @@
-"""Safetensors files tensor by tensor: reading and writing hold one tensor in memory, whatever a file's size.
+"""Safetensors files some rows of a tensor at a time: reading and writing take the same memory whatever a file's size.
 
 A file is eight bytes with the length of its header, a header in JSON (dtype, shape and place of each tensor), and the
 tensors' bytes one after another.
@@ -77,18 +77,21 @@ class TensorFile:
         if path.stat().st_size != end:
             raise AdapterError(f"{path} has {path.stat().st_size:,} bytes where its header tells of {end:,}: truncated")
 
-    def read(self, name: str) -> Tensor:
-        """One floating-point tensor, in memory of its own."""
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a floating-point tensor, in memory of their own; a scalar is one row."""
         entry = self.entries[name]
-        return self.raw(name).view(DTYPES[entry.dtype]).view(entry.shape)
+        dtype, shape = DTYPES[entry.dtype], (rows.stop - rows.start, *entry.shape[1:])
+        size = dtype.itemsize * math.prod(shape[1:])
+        return self.raw(name, rows.start * size, rows.stop * size).view(dtype).view(shape)
 
-    def raw(self, name: str) -> Tensor:
-        """The bytes of one tensor of any dtype."""
-        start, end = self._places[name]
-        data = torch.empty(end - start, dtype=torch.uint8)  # torch's own memory is aligned, which products depend on
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The bytes of a tensor of any dtype, or those from ``start`` to ``stop``."""
+        first, end = self._places[name]
+        first, end = first + start, end if stop is None else min(end, first + stop)
+        data = torch.empty(end - first, dtype=torch.uint8)  # torch's own memory is aligned, which products depend on
         with open(self.path, "rb") as file:
-            file.seek(start)
-            if file.readinto(data.numpy().data) != end - start:
+            file.seek(first)
+            if file.readinto(data.numpy().data) != end - first:
                 raise AdapterError(f"{self.path} ends in the middle of {name}")
         return data
 

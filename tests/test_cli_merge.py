@@ -90,7 +90,9 @@ MODELS = {
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
 @pytest.mark.parametrize(("make", "dtype", "fields"), MODELS.values(), ids=MODELS.keys())
-def test_the_result_is_what_merging_in_memory_gives_bit_for_bit(make, dtype, fields, sharded, tmp_path):
+def test_the_result_is_what_merging_in_memory_gives_bit_for_bit(make, dtype, fields, sharded, tmp_path, monkeypatch):
+    if sharded:
+        monkeypatch.setattr(oftv2.merging, "_VALUES", 1000)  # takes weights of this size in many parts
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     cls = make_base(make, dtype, base, **({"max_shard_size": "30KB"} if sharded else {}))
     assert (len(list(base.glob("*.safetensors"))) > 1) == sharded
@@ -99,6 +101,20 @@ def test_the_result_is_what_merging_in_memory_gives_bit_for_bit(make, dtype, fie
     merged = cls.from_pretrained(out, dtype="auto")
     assert_same_state(merged, merged_in_memory(cls, base, adapter))
     assert not torch.equal(answer(merged), answer(cls.from_pretrained(base, dtype="auto")))
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layers", "block_size"), [("dwconv", 7), (r"patch_embeddings|downsampling_layer\.1", 4)])
+def test_convolutions(layers, block_size, wanted, tmp_path, monkeypatch):
+    """With groups, whose rows are rotated together, and without."""
+    monkeypatch.setattr(oftv2.merging, "_VALUES", 1000)
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    config = transformers.ConvNextConfig(depths=[1, 1], hidden_sizes=[16, 24], num_stages=2, patch_size=2)
+    cls = make_base(lambda: transformers.ConvNextModel(config), torch.float32, base)
+    make_adapter(cls, base, adapter, {"block_size": block_size, "target_modules": f".*({layers})"})
+    assert run(base, adapter, out, "--dtype", wanted) == 0
+    merged = cls.from_pretrained(out, dtype="auto")
+    assert_same_state(merged, merged_in_memory(cls, base, adapter).to(getattr(torch, wanted)))
 
 
 def classifier(base, **options):

@@ -26,12 +26,12 @@ print("peak", status("VmHWM") - before)
 """
 
 
-def test_memory_is_for_the_largest_tensor_and_not_for_a_file(on_disk):
-    """One file of 400 MB of tensors of 20 MB: beside a tensor and its rotated copy, a piece of it in float32.
+def test_memory_is_less_than_the_largest_tensor(on_disk):
+    """One file of 280 MB with tensors of 51 MB: beside the adapter, some rows of a tensor in several copies.
 
-    Three to four tensors' worth as measured; what the allocator and the page cache keep beside them differs by machine.
+    21 to 32 MB were measured whatever the tensors' size; what the allocator keeps beside them differs by machine.
     """
-    hidden, inner, layers = 1600, 6400, 5
+    hidden, inner, layers = 1600, 16000, 1
     fields = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": inner}
     base, adapter = on_disk / "large", on_disk / "large-adapter"
     base.mkdir()
@@ -51,7 +51,7 @@ def test_memory_is_for_the_largest_tensor_and_not_for_a_file(on_disk):
             piece[: min(len(piece), entries[key].size - at)] for at in range(0, entries[key].size, len(piece))
         ),
     )
-    assert sum(entry.size for entry in entries.values()) > 400e6
+    assert sum(entry.size for entry in entries.values()) > 270e6
     assert max(entry.size for entry in entries.values()) == 2 * hidden * inner
     generators = {
         f"base_model.model.{name.removesuffix('.weight')}.oft_R.weight": 0.01 * torch.randn(value.shape[1] // 32, 496)
@@ -68,4 +68,4 @@ def test_memory_is_for_the_largest_tensor_and_not_for_a_file(on_disk):
     peak = float(done.stdout.split()[-1])
     own = sum(tensor.numel() * 4 for tensor in generators.values()) / 2**20
     largest = 2 * hidden * inner / 2**20
-    assert peak < own + 6 * largest
+    assert peak < own + largest

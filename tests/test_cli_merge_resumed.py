@@ -22,7 +22,7 @@ def contents(folder):
 
 def stop_after(monkeypatch, files):
     """The next merge is interrupted in the middle of a file, with so many files complete."""
-    original, calls = oftv2.checkpoint_merge.merged_tensor, []
+    original, calls = oftv2.checkpoint_merge.merged_rows, []
 
     def stopping(base, adapter, piece):
         calls.append(piece)
@@ -31,7 +31,7 @@ def stop_after(monkeypatch, files):
             raise KeyboardInterrupt
         return original(base, adapter, piece)
 
-    monkeypatch.setattr(oftv2.checkpoint_merge, "merged_tensor", stopping)
+    monkeypatch.setattr(oftv2.checkpoint_merge, "merged_rows", stopping)
 
 
 @pytest.fixture
@@ -49,10 +49,8 @@ def stopped(on_disk, monkeypatch):
 
 def merges(monkeypatch):
     """Counts the tensors that are rotated."""
-    original, done = oftv2.checkpoint_merge.merged_tensor, []
-    monkeypatch.setattr(
-        oftv2.checkpoint_merge, "merged_tensor", lambda *parts: (done.append(parts), original(*parts))[1]
-    )
+    original, done = oftv2.checkpoint_merge.merged_rows, []
+    monkeypatch.setattr(oftv2.checkpoint_merge, "merged_rows", lambda *parts: (done.append(parts), original(*parts))[1])
     return done
 
 
