@@ -24,7 +24,7 @@ from .checkpoint import INDEX_FILE, MODEL_CONFIG, Checkpoint, open_checkpoint
 from .checkpoint_plan import Piece, Plan, make_plan
 from .errors import AdapterError
 from .layers import is_conv1d
-from .merging import row_slices
+from .merging import row_slices, scaled_rows
 from .model_card import write_merged_card
 from .reading import read_adapter, tensors_file
 from .rotation import Rotation
@@ -153,9 +153,12 @@ def merged_rows(base: Checkpoint, adapter: AdapterFile, piece: Piece) -> Iterato
         size = target.block_size
         rotation = Rotation.resolve(adapter.config, features, target.name, groups=groups, block_size=size)
         delta = rotation.delta(adapter.generators(target.name).to(wide))
+    scale = adapter.output_scales.get(target.name) if target is not None else None
     for part in slices:
         rows = base.where[key].read(key, part) if trained is None else trained[part]
         rows = rows.to(stored)
+        if scale is not None:
+            rows = scaled_rows(rows, scale[part]).to(stored)
         if target is not None:
             rows = target.layer_class.rotated_weight(target.module, rows if dtype == stored else rows.to(wide), delta)
         yield rows.to(dtype)

@@ -15,6 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+import oftv2
+from merged_checkpoints import assert_same_state, llama_model, make_base, merged_in_memory
 from oftv2 import AdapterError, disable_adapter, load_adapter, merge, save_adapter, set_adapter, wrap_model
 from oftv2.__main__ import main
 from oftv2.errors import PeftFormatWarning
@@ -116,6 +118,30 @@ def test_beside_other_adapters():
     set_adapter(model, "old")
     assert error(model(x), y) < 1e-6
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) > model.one.base_layer.weight.numel()
+
+
+@pytest.mark.filterwarnings("ignore::oftv2.errors.PeftFormatWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_on_disk_as_in_memory(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(oftv2.merging, "_VALUES", 1000)  # several parts of each weight
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    cls = make_base(llama_model(), dtype, base)
+    adapter.mkdir()
+    tensors = {}
+    for name, module in llama_model()().named_modules():
+        if name.endswith(("k_proj", "up_proj")):
+            key, blocks = f"base_model.model.{name}", module.in_features // 8
+            tensors |= {f"{key}.oft_r": torch.randn(blocks, 8, 8), f"{key}.oft_s": torch.rand(module.out_features, 1)}
+    safetensors.torch.save_file(tensors, adapter / "adapter_model.safetensors")
+    description = json.loads((FILES / "blocks" / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**description, "target_modules": ["k_proj", "up_proj"]}))
+    assert main(["merge", str(base), str(adapter), str(out)]) == 0
+    assert_same_state(cls.from_pretrained(out, dtype="auto"), merged_in_memory(cls, base, adapter))
+    plain = cls.from_pretrained(base, dtype="auto").model.layers[0]
+    merged = cls.from_pretrained(out, dtype="auto").model.layers[0]
+    lengths = merged.mlp.up_proj.weight.float().norm(dim=1) / plain.mlp.up_proj.weight.float().norm(dim=1)
+    scales = tensors["base_model.model.model.layers.0.mlp.up_proj.oft_s"][:, 0]
+    assert error(lengths, scales) < (1e-5 if dtype == torch.float32 else 0.01)
 
 
 @pytest.mark.filterwarnings("ignore::oftv2.errors.PeftFormatWarning")
