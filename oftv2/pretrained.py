@@ -80,8 +80,9 @@ class WrappedPreTrainedModel:
     def _keys_to_ignore_on_save(self) -> list[str]:
         """What a checkpoint leaves out; ``Trainer`` would warn that these keys are missing when it resumes."""
         assert isinstance(self, nn.Module)
-        trained = set(trained_keys(self))
-        return [name for name in self.state_dict() if name not in trained]
+        state_dict = self.state_dict()
+        kept = {*trained_keys(self), *_scales(state_dict)}
+        return [name for name in state_dict if name not in kept]
 
     @property
     def peft_config(self) -> AdapterConfigs:
@@ -121,11 +122,8 @@ class WrappedPreTrainedModel:
         The frozen base has them already, so accelerate's saved states, which hold the whole model, fit.
         """
         restore_float32(self)  # type: ignore[arg-type]
-        scales = [
-            key for key in state_dict if ".weight." in key and key.rpartition(".weight.")[0] + ".weight" in state_dict
-        ]
-        if scales:
-            state_dict = {key: value for key, value in state_dict.items() if key not in set(scales)}
+        if scales := _scales(state_dict):
+            state_dict = {key: value for key, value in state_dict.items() if key not in scales}
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
     def enable_input_require_grads(self) -> None:
@@ -180,6 +178,11 @@ def train_adapter(model: nn.Module) -> None:
     for name in get_state(model).sequence:
         for parameter in adapter_parameters(model, name):
             parameter.requires_grad_(True)
+
+
+def _scales(state_dict: Mapping[str, Any]) -> set[str]:
+    """The keys of what bitsandbytes saves beside a 4-bit weight, and neither loads nor misses."""
+    return {key for key in state_dict if ".weight." in key and key.rpartition(".weight.")[0] + ".weight" in state_dict}
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
