@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import write_atomically
 from .errors import AdapterError
-from .hub import push_adapters, upload_adapters
+from .hub import push_adapters, serve_trainer, upload_adapters
 from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
 from .precision import ATTRIBUTE as FLOAT32
@@ -57,6 +57,7 @@ class WrappedPreTrainedModel:
         assert isinstance(self, nn.Module)
         if not is_main_process:
             return
+        serve_trainer()  # by the time that a Trainer calls this, it is imported
         folder = save_adapters(self, save_directory, selected_adapters)
         names = set(trained_keys(self))
         tensors = {
