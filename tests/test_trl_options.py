@@ -16,11 +16,11 @@ from trl import KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from conftest import trainable
 from oftv2 import load_adapter, wrap_model
 from trainer_runs import load
-from trl_runs import IDS, PAIRS, TEXTS, arguments, dpo, generators, logits, sft
+from trl_runs import IDS, PAIRS, TEXTS, arguments, dpo, generators, logits
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, at names that TRL still uses
@@ -50,13 +50,10 @@ def assert_trained(model: nn.Module) -> None:
     [
         (TEXTS, {"packing": True, "max_length": 16}),
         (TEXTS, {"packing": True, "packing_strategy": "wrapped", "max_length": 8}),
-        (TEXTS, {"padding_free": True}),
         (COMPLETIONS, {"completion_only_loss": True}),
         (CHATS, {"assistant_only_loss": True}),
-        (TEXTS, {"loss_type": "dft"}),
-        (TEXTS, {"neftune_noise_alpha": 5.0}),
     ],
-    ids=["packing", "wrapped", "padding-free", "completions", "assistant", "dft", "noise"],
+    ids=["packing", "wrapped", "completions", "assistant"],
 )
 def test_supervised_finetuning_starts_where_the_base_model_stands(rows, fields, base_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
@@ -92,23 +89,22 @@ def _tokenizer(model: Any) -> Any:
     return AutoTokenizer.from_pretrained(model.config.name_or_path)
 
 
-@pytest.mark.parametrize("make_trainer", [sft, dpo, kto, cpo, orpo])
-@pytest.mark.parametrize("nf4", [False, True], ids=["float32", "nf4"])
-def test_both_kinds_of_gradient_checkpointing_change_nothing(make_trainer, nf4, base_folder, tmp_path):
+@pytest.mark.parametrize("make_trainer", [dpo, kto, cpo, orpo])
+def test_both_kinds_of_gradient_checkpointing_change_nothing(make_trainer, base_folder, tmp_path):
     runs = []
     for fields in (
         {"gradient_checkpointing": False},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ):
-        model = wrap_model(load(base_folder, nf4=nf4), block_size=16)
-        make_trainer(model, tmp_path, max_steps=2, **fields).train()
+        model = wrap_model(load(base_folder, nf4=True), block_size=16)
+        make_trainer(model, tmp_path, max_steps=1, **fields).train()
         assert_trained(model)
         runs.append(generators(model))
     for name, value in runs[0].items():
         for other in runs[1:]:
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-6)
-    loaded = load_adapter(load(base_folder, nf4=nf4), tmp_path / "checkpoint-2")
+    loaded = load_adapter(load(base_folder, nf4=True), tmp_path / "checkpoint-1")
     assert torch.equal(logits(loaded), logits(model))
 
 
