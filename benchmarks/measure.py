@@ -237,7 +237,7 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=FOLDER, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":!../README.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":(top,exclude)*README.md")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 

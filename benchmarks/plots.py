@@ -11,12 +11,19 @@ import csv
 import hashlib
 import json
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
+
+from study_plan import CORE, SIZES, TASKS
+from study_report import Results, loss, prose
+from study_report import quality as task_figure
+from study_results import RESULTS as STUDY
+from study_results import read
+from study_stats import interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLOURS = {
@@ -41,9 +48,11 @@ class Panel:
     x: str
     y: str
     lines: dict[str, Points] = field(default_factory=dict)
+    x_base: int = 2  # of its logarithms; 0 where it is linear
     log_y: bool = False
     joined: bool = True
     ticks: tuple[str, ...] = ()  # names of the values 0, 1, … of x
+    spread: dict[str, float] = field(default_factory=dict)  # half the interval of a loose point, by its name
 
 
 Picture = list[Panel]
@@ -57,7 +66,7 @@ def load(name: str) -> list[Row]:
 
 def digest(picture: Picture) -> str:
     """Of the numbers that a picture shows."""
-    text = json.dumps([[panel.title, panel.lines] for panel in picture])
+    text = json.dumps([[panel.title, panel.lines, panel.spread] for panel in picture])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -128,31 +137,52 @@ def memory_of_sizes() -> Picture:
     ratios = {m: over(m, "frozen") for m in ("oftv1", "dora", "peft-oft", "lora", "oft")}
     ratios |= {m: over(m, "frozen-nf4") for m in ("qlora", "qoft")}
     return [
-        Panel(f"A step of {step}, checkpointing (predicted)", x, "GiB", whole, log_y=True),
-        Panel(f"{step}, no checkpointing (predicted)", x, "over the frozen model's", ratios),
+        Panel(f"A step of {step}, checkpointing (predicted)", x, "GiB", whole, x_base=10, log_y=True),
+        Panel(f"{step}, no checkpointing (predicted)", x, "over the frozen model's", ratios, x_base=10),
     ]
 
 
 def quality() -> Picture:
-    """Accuracy of each method at the learning rate of its lowest validation loss, a mean over seeds."""
-    path = RESULTS / "study-cpu.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [row for row in rows if row["study"] == "quality" and not row["diverged"]]
-    if not rows:
-        return []
-    task = Counter(row["task"] for row in rows).most_common(1)[0][0]
-    panels = [
-        Panel(f"Accuracy on {task}", "trainable parameters", "held-out right, %", joined=False),
-        Panel(f"Accuracy on {task}", "CPU seconds of training", "held-out right, %", joined=False),
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
-        tried = [row for row in rows if (row["task"], row["method"]) == (task, method)]
-        best = min(tried, key=lambda row: row["validation"]["loss"])["lr"]
-        runs = [row for row in tried if row["lr"] == best]
-        accuracy = 100 * statistics.mean(row["test"]["accuracy"] for row in runs)
-        panels[0].lines[method] = [(runs[0]["trainable"], accuracy)]
-        panels[1].lines[method] = [(statistics.mean(row["cpu_seconds"] for row in runs), accuracy)]
-    return panels
+    """What each method learned of each task, at its best learning rate: a mean over seeds."""
+    results, methods = Results(read(STUDY)), (*CORE, *SIZES)
+    picture = []
+    for task in TASKS:
+        best = {method.name: rows for method in methods if (rows := results.best(task, method))}
+        name, figure, _, scale = task_figure(task)
+        points = {
+            method: interval([scale * figure(row) for row in rows]) for method, rows in best.items() if len(rows) > 1
+        }
+        spread = {method: point.half for method, point in points.items()}
+        for x, value in (("trainable parameters", "trainable"), ("CPU seconds of training", "cpu_seconds")):
+            lines = {method: [(mean(row[value] for row in best[method]), points[method].mean)] for method in points}
+            base = 10 if value == "trainable" else 0
+            picture.append(Panel(task, x, name, lines, x_base=base, joined=False, spread=spread))
+    return [panel for panel in picture if panel.lines]
+
+
+def ablations() -> Picture:
+    """Forgetting in every run, and what the study says of the series and of scaled generators."""
+    results = Results(read(STUDY))
+    answers, picture = "loss of held-out answers", []
+    for task in TASKS:
+        found = {method.name: results.of("quality", task, method) for method in CORE}
+        runs = {name: sorted((loss(row), prose(row)) for row in rows) for name, rows in found.items() if rows}
+        picture.append(Panel(f"Forgetting, every run: {task}", answers, "perplexity of prose", runs, 0, True, False))
+    terms = sorted(
+        (row["options"]["neumann_terms"], row["rotation"]["orthogonality_error"])
+        for row in results.finite
+        if row["study"] == "neumann" and "neumann_terms" in row["options"]
+    )
+    rates: dict[str, Points] = {}
+    for row in results.finite:
+        if row["study"] == "scaling":
+            name = f"b = {row['method'].partition('/')[0].removeprefix('oft-')}" + ", scaled" * bool(row["options"])
+            rates.setdefault(name, []).append((row["lr"], loss(row)))
+    series = {"oft": terms} if terms else {}
+    picture.append(Panel("Neumann terms", "terms k", "‖RᵀR − I‖, worst layer", series, 0, True))
+    scaled = {name: sorted(points) for name, points in rates.items()}
+    picture.append(Panel("Generators, and scaled ones", "learning rate", answers, scaled, 10))
+    return [panel for panel in picture if panel.lines]
 
 
 def pictures() -> dict[Path, Callable[[], Picture]]:
@@ -161,14 +191,16 @@ def pictures() -> dict[Path, Callable[[], Picture]]:
     found: dict[Path, Callable[[], Picture]] = {
         RESULTS / f"layer-{place}.svg": lambda place=place: layers(place) for place in places
     }
-    return {**found, RESULTS / "memory-sizes.svg": memory_of_sizes, RESULTS / "study-cpu.svg": quality}
+    found |= {RESULTS / "study-cpu.svg": quality, RESULTS / "study-ablations-cpu.svg": ablations}
+    return {**found, RESULTS / "memory-sizes.svg": memory_of_sizes}
 
 
 def label(name: str) -> str:
     """A method as people write it: ``oft-32/nf4`` is ``OFT 32, NF4``."""
     kind, _, base = name.partition("/")
+    base = {"nf4": "NF4", "bfloat16": "bf16"}.get(base, base)
     kind = LABELS.get(kind) or re.sub(r"^(\w+)-(\d+)$", lambda match: f"{LABELS[match[1]]} {match[2]}", kind)
-    return f"{kind}, {base.upper()}" if base else kind
+    return f"{kind}, {base}" if base else kind
 
 
 def name_points(ax: Any, panel: Panel) -> None:
@@ -208,23 +240,25 @@ def draw(path: Path, picture: Picture) -> None:
                 "markersize": 3 if panel.joined else 5,
                 "linewidth": 2.2 if kind in ("oft", "qoft") else 1.2,
             }
-            dashed = "--" if kind.startswith(("q", "peft-q")) else "-"
+            dashed = "--" if kind.startswith(("q", "peft-q")) or name.endswith("scaled") else "-"
             style["linestyle"] = dashed if panel.joined else "none"
+            style["markerfacecolor"] = "white" if name.endswith("/nf4") else None
             xs, ys = zip(*points, strict=True)
-            ax.plot(xs, ys, label=label(name), color=COLOURS.get(name, COLOURS.get(kind)), **style)
+            bars, colour = panel.spread.get(name), COLOURS.get(name, COLOURS.get(kind))
+            ax.errorbar(xs, ys, yerr=bars, elinewidth=0.8, label=label(name), color=colour, **style)
         ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         if panel.ticks:
             ax.set_xticks(range(len(panel.ticks)), panel.ticks)
             ax.set_ylim(bottom=1)
-        elif "seconds" not in panel.x:
-            ax.set_xscale("log", base=10 if "parameters" in panel.x else 2)
+        elif panel.x_base:
+            ax.set_xscale("log", base=panel.x_base)
         if panel.log_y:
             ax.set_yscale("log")
             wide = ax.get_ylim()[1] > 20 * ax.get_ylim()[0]
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 3, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
-        if panel.joined or panel.ticks:
+        if panel.joined or panel.ticks or any(len(points) > 1 for points in panel.lines.values()):
             ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         else:
             name_points(ax, panel)

@@ -1,7 +1,8 @@
-"""Writes the README's "Measured" section, and the plots, from the results that are committed beside this file.
+"""Writes what was measured from the results that are committed beside this file: the summary into the README, the
+tables into benchmarks/README.md, and the plots.
 
-    python benchmarks/report.py            # prints the section
-    python benchmarks/report.py --write    # puts it into the README and draws the plots
+    python benchmarks/report.py            # prints summary and tables
+    python benchmarks/report.py --write    # puts them in their places and draws the plots
 
 The results come from
     python examples/finetune.py --compare    # report.json, kept as results/finetune-cpu.json
@@ -12,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import checkout
+from study_plan import Method
+from study_report import PAIRS, Results, differences, loss, prose
+from study_results import RESULTS as STUDY
+from study_results import read
 
 import plots
 from plots import Row, load
@@ -24,9 +29,8 @@ from plots import Row, load
 checkout.make_importable()
 from methods import METHODS  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-SECTION = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.S)
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 NAMES = {
     **{"frozen": "frozen base", "oft": "**OFT, b = 32**", "peft-oft": "PEFT's OFT, b = 32", "lora": "LoRA, r = 16"},
     **{"dora": "DoRA, r = 16", "oftv1": "original OFT, b = 32", "full": "all weights"},
@@ -180,11 +184,55 @@ def picture(name: str, text: str) -> str:
     """A plot, if what it shows is there."""
     made = plots.pictures().get(RESULTS / f"{name}.svg")
     there = made is not None and any(panel.lines for panel in made())
-    return f"\n![{text}](benchmarks/results/{name}.svg)\n" if there else ""
+    return f"\n![{text}](results/{name}.svg)\n" if there else ""
+
+
+def summary() -> str:
+    """What a newcomer asks first, answered in a line each, also where the answer is no."""
+    steps, memory, decode = load("step-cpu"), load("memory-cpu"), load("decode-cpu")
+    lengths = {row["tokens"] for row in steps if "tokens" in row}
+    by_tokens = [[row for row in steps if row.get("tokens") == tokens] for tokens in lengths]
+    plain = [row for row in memory if row.get("checkpointing") is False]
+    figures = (
+        ("time of a training step", by_tokens),
+        ("memory of training", [plain]),
+        ("time of a token generated, not merged", [[row for row in decode if this(row, 1)]]),
+    )
+    compared = (("oft", "over_lora"), ("qoft", "over_lora"), ("oft", "over_peft_oft"))
+    lines = [["", "OFT over LoRA", "QOFT over QLoRA", "OFT over PEFT's OFT"]]
+    lines.append(["parameters that train", *(sizes(steps, *pair) for pair in compared)])
+    lines += [[question, *(over_all(groups, *pair) for pair in compared)] for question, groups in figures]
+    study = Results(read(STUDY))
+    for question, figure in (("loss on held-out answers", loss), ("perplexity of unrelated prose", prose)):
+        lines.append([question, *(by_task(study, *pair, figure) for pair in PAIRS[:2]), "the same function"])
+    return markdown(lines) + "\n"
+
+
+def sizes(rows: list[Row], method: str, column: str) -> str:
+    """How many parameters train, in each of the two that ``column`` compares."""
+    both = [first(only(rows, name)) for name in (method, METHODS[method].ratios[column])]
+    return " against ".join(number(row, "trainable", ".2f", 1e-6, " M") for row in both)
+
+
+def over_all(groups: list[list[Row]], method: str, column: str) -> str:
+    """The answers of several settings as one."""
+    found = [text.split(": ") for rows in groups if (text := answer(rows, method, column)) != NOTHING]
+    if not found:
+        return NOTHING
+    ratios = sorted({ratio for _, ratio in found})
+    words = " or ".join(word for word in ("less", "equal", "more") if word in {word for word, _ in found})
+    return f"{words}: {ratios[0]}" + (f" to {ratios[-1]}" if len(ratios) > 1 else "")
+
+
+def by_task(study: Results, ours: Method, theirs: Method, figure: Callable[[Row], float]) -> str:
+    """On which tasks a figure of the study is lower, or higher, by more than the noise of its seeds."""
+    found = differences(study, ours, theirs, figure)
+    tasks = {word: [task for task in found if found[task] == word] for word in ("lower", "higher", "open")}
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in tasks.items() if names) or NOTHING
 
 
 def section() -> str:
-    """The whole section."""
+    """The tables and plots."""
     finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
     layer, step = load("layer-cpu"), load("step-cpu")
     timed = [*layer, *step, *(row for suite in ("decode", "merge", "wrap") for row in load(f"{suite}-cpu"))]
@@ -209,7 +257,9 @@ for the backward pass is counted exactly.
 {layer_table(layer)}
 {picture("layer-cpu", "Time of one layer over the frozen layer's, for each shape that was measured")}{
         picture("memory-sizes", "Memory of a training step over the size of the model")
-    }{picture("study-cpu", "Accuracy over trainable parameters and over time")}
+    }{picture("study-cpu", "Accuracy over trainable parameters and over time")}{
+        picture("study-ablations-cpu", "Forgetting over what was learned, Neumann terms, learning rates")
+    }
 **The main job** (`python examples/finetune.py --compare`: same data, steps and seed; one seed; taken before the
 rotation's CPU path was reworked, so its speed is that of the version before):
 
@@ -222,12 +272,18 @@ differences of a few percent are noise. Nothing was measured on a GPU.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put it into the README and draw the plots")
-    if parser.parse_args().write:
-        README.write_text(SECTION.sub(lambda match: match[1] + section() + match[2], README.read_text()))
+    parser.add_argument("--write", action="store_true", help="put them in their places and draw the plots")
+    write = parser.parse_args().write
+    places = (("summary", summary(), FOLDER.parent / "README.md"), ("measured", section(), FOLDER / "README.md"))
+    for name, text, document in places:
+        made = f"<!-- {name} -->\n{text}<!-- /{name} -->"
+        if write:
+            before, rest = document.read_text().split(f"<!-- {name} -->")
+            document.write_text(before + made + rest.split(f"<!-- /{name} -->")[1])
+        else:
+            print(made)
+    if write:
         plots.main()
-    else:
-        print(section())
 
 
 if __name__ == "__main__":

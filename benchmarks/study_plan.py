@@ -1,7 +1,8 @@
 """What the study trains, and in which order: the first runs are the most informative, and every method gets its turn.
 
 Any prefix of the order is a fair comparison: a learning rate is tried by every method before the next one is, and every
-method is given as many learning rates and as many seeds as the others.
+method is given as many learning rates and as many seeds as the others, and one rate more where its best is the highest
+or the lowest of them.
 """
 
 from __future__ import annotations
@@ -66,26 +67,42 @@ SIZES = (Method("oft", 16), Method("lora", 8), Method("oft", 64), Method("lora",
 BF16 = (replace(OFT, base="bfloat16"), replace(LORA, base="bfloat16"))  # slow on CPUs: last
 
 
-def best_lr(rows: Iterable[Row], run: Run) -> float | None:
-    """The learning rate of the lowest validation loss in a finished sweep of the run's method on its task, or None.
-
-    A run that diverged counts as finished and is never the best.
-    """
-    tried = {
+def tried_lrs(rows: Iterable[Row], run: Run) -> dict[float, float]:
+    """The validation loss by learning rate in the sweep of the run's method on its task; infinite where it diverged."""
+    return {
         row["lr"]: row["validation"]["loss"] if not row["diverged"] else float("inf")
         for row in rows
         if (row["study"], row["task"], row["method"]) == ("quality", run.task, run.method.name)
         and (row["seed"], row["steps"]) == (SEEDS[0], run.steps)
     }
+
+
+def best_lr(rows: Iterable[Row], run: Run) -> float | None:
+    """The learning rate of the lowest validation loss in the sweep of the run's method on its task, or None before the
+    grid is done."""
+    tried = tried_lrs(rows, run)
+    return min(tried, key=tried.__getitem__) if set(LEARNING_RATES[run.method.kind]) <= set(tried) else None
+
+
+def beyond_edge(rows: Iterable[Row], run: Run) -> float | None:
+    """The next learning rate outside the grid, on the side where its best one is the last; None where there is none."""
     grid = LEARNING_RATES[run.method.kind]
-    return min(grid, key=tried.__getitem__) if set(grid) <= set(tried) else None
+    tried = {lr: loss for lr, loss in tried_lrs(rows, run).items() if lr in grid}
+    if set(tried) != set(grid):
+        return None
+    best = min(tried, key=tried.__getitem__)
+    return {max(grid): 2 * best, min(grid): best / 2}.get(best)
 
 
 def compare(rows: list[Row], task: str, methods: tuple[Method, ...]) -> Iterator[Run]:
-    """Every learning rate with the first seed, then the other seeds at each method's best one."""
+    """Every learning rate with the first seed, one beyond the edge, then the other seeds at each method's best one."""
     for turn in range(3):
         for method in methods:
             yield Run("quality", task, method, SEEDS[0], LEARNING_RATES[method.kind][turn])
+    for method in methods:
+        run = Run("quality", task, method, SEEDS[0], None)
+        if (lr := beyond_edge(rows, run)) is not None:
+            yield replace(run, lr=lr)
     for seed in SEEDS[1:]:
         for method in methods:
             run = Run("quality", task, method, seed, None)

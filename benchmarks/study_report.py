@@ -1,7 +1,6 @@
-"""Tables and plots of the study's results, finished or not.
+"""Tables of the study's results, finished or not (plots.py draws them).
 
-python benchmarks/study_report.py                           # prints the tables
-python benchmarks/study_report.py --plot runs/study.png     # draws the plots as well
+python benchmarks/study_report.py > benchmarks/results/study-cpu.md
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from study_plan import CORE, LEARNING_RATES, LORA, OFT, SEEDS, SIZES, TASKS, Method, Row, Run, best_lr, plan
+from study_plan import CORE, LORA, OFT, SEEDS, SIZES, TASKS, Method, Row, Run, best_lr, plan
 from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
 
@@ -103,13 +102,13 @@ def task_table(results: Results, task: str) -> str:
         rows = results.best(task, method)
         if not rows:
             continue
-        grid, lr = LEARNING_RATES[method.kind], rows[0]["lr"]
+        lr, tried = rows[0]["lr"], {row["lr"] for row in results.sweep(task, method)}
         figures = [(figure, form, scale), (loss, ".3f", 1.0), (prose, ".1f", 1.0), (others, ".2f", 1.0)]
         lines.append(
             [
                 label(method),
                 f"{rows[0]['trainable'] / 1e6:.2f} M",
-                f"{lr:g}" + (" (edge)" if lr in (min(grid), max(grid)) else ""),
+                f"{lr:g}" + (" (edge)" if lr in (min(tried), max(tried)) else ""),
                 str(len(rows)),
                 *(show(interval([f(row) for row in rows]), form, scale) for f, form, scale in figures),
                 f"{sum(row['cpu_seconds'] / row['steps'] for row in rows) / len(rows):.2f}",
@@ -192,6 +191,16 @@ def grid_table(results: Results, study: str) -> str:
     return markdown(["method", "learning rate: loss (accuracy)"], lines)
 
 
+def differences(results: Results, ours: Method, theirs: Method, figure: Callable[[Row], float]) -> dict[str, str]:
+    """By task with several seeds of both: ours is ``"lower"``, ``"higher"`` or, within the noise, ``"open"``."""
+    words = {}
+    for task in TASKS:
+        difference = paired(results.best(task, ours), results.best(task, theirs), figure)
+        if difference is not None and difference.n > 1:
+            words[task] = "open" if not difference.excludes_zero else "lower" if difference.mean < 0 else "higher"
+    return words
+
+
 def verdicts(results: Results) -> list[str]:
     """What the runs say of each goal, in words; intervals over seeds that hold zero decide nothing."""
     lines = []
@@ -202,14 +211,10 @@ def verdicts(results: Results) -> list[str]:
         ("NF4 no worse than float32, with OFT", PAIRS[2], loss),
     )
     for text, (ours, theirs), figure in goals:
-        found = {}
-        for task in TASKS:
-            difference = paired(results.best(task, ours), results.best(task, theirs), figure)
-            if difference is not None and difference.n > 1:
-                word = "open" if not difference.excludes_zero else "yes" if difference.mean < 0 else "no"
-                found[task] = word
+        found = differences(results, ours, theirs, figure)
         missing = [task for task in TASKS if task not in found]
-        said = ", ".join(f"{task} {word}" for task, word in found.items()) or "nothing yet"
+        words = {"lower": "yes", "higher": "no", "open": "open"}
+        said = ", ".join(f"{task} {words[word]}" for task, word in found.items()) or "nothing yet"
         lines.append(f"- {text}: {said}" + (f" (not run: {', '.join(missing)})" if missing else "") + ".")
     return lines
 
@@ -248,13 +253,8 @@ def study_tables(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="(%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plots into this file")
     args = parser.parse_args()
     print(study_tables(args.results))
-    if args.plot:
-        from study_plots import study_plots  # only here: matplotlib is slow to load
-
-        study_plots(args.results, args.plot)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,14 @@ from .base import OFTLayer
 from .config import ConfigError, OFTConfig
 from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
-from .errors import AdapterError, PeftFormatWarning, PeftRepairWarning, RequantizationWarning, StabilityWarning
+from .errors import (
+    AdapterError,
+    OptimizerWarning,
+    PeftFormatWarning,
+    PeftRepairWarning,
+    RequantizationWarning,
+    StabilityWarning,
+)
 from .explain import Explanation, explain
 from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
@@ -33,6 +40,7 @@ __all__ = [
     "OFTEmbedding",
     "OFTLayer",
     "OFTLinear",
+    "OptimizerWarning",
     "PeftFormatWarning",
     "PeftRepairWarning",
     "QuantOFTLinear",

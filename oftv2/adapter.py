@@ -14,6 +14,7 @@ from torch import nn
 from .adapters import activate, check_not_by_row, check_sequence
 from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
+from .merged_before import note_merged
 from .pretrained import forget_quantization
 from .quant import QuantOFTLinear, find_backend
 from .state import find_state, get_state, oft_layers
@@ -102,6 +103,7 @@ def merge(
     if requantize:
         _report_requantization(layers)
     if unload and not isinstance(model, OFTLayer):
+        note_merged(model, names)
         uninstall(model)
         if quantized and not any(find_backend(module) for module in model.modules()):
             forget_quantization(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class AdapterFile:
         origin: what wrote it.
         notes: what the user should know of how it was read.
         apart: of ``trained``, what was trained as a copy of its own, even where the base model ties it.
+        output_scales: by layer path, what its outputs, but for the bias, are multiplied by, ``(n,)``.
     """
 
     config: OFTConfig
@@ -43,6 +45,7 @@ class AdapterFile:
     origin: str = "oftv2"
     notes: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    output_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generators(self, layer: str) -> Tensor:
         """A layer's packed generators, as they are in the file."""

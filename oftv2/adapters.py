@@ -11,6 +11,7 @@ from .base import OFTLayer
 from .config import OFTConfig
 from .errors import AdapterError
 from .gradient_check import check_gradients
+from .optimizer_check import watch_optimizers
 from .pretrained import watch
 from .state import check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
 from .targets import Target, find_targets
@@ -75,6 +76,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], *, trainab
     names = check_sequence(model, adapter_names)
     check_changeable(model)
     activate(model, names, trainable=trainable)
+    watch_optimizers(model)
     return model
 
 

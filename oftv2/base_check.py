@@ -12,8 +12,9 @@ from .quant import find_backend
 
 _MAX_LAYERS = 8
 _ROWS = 8
-# A sketch changes by 0.2% when weights are rounded to bf16, by about 10% when they are quantized to NF4, and by 140%
-# between unrelated weights.
+# A sketch changes by 0.2% when weights are rounded to bf16 (0.7% was the most of 1800, and 1% would refuse one base in
+# some thousands), by about 10% when they are quantized to NF4, and by 140% between unrelated weights. What is smaller
+# than that, such as a slight adapter merged already, merged_before.py finds.
 _TOLERANCE = 0.02
 _TOLERANCE_QUANTIZED = 0.4
 
@@ -41,7 +42,7 @@ def compare_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
         module = model.get_submodule(name)
         return sketch(getattr(module, "base_layer", module))
 
-    return [f"{problem}; check_base=False loads it all the same" for problem in compare_sketches(saved, ours)]
+    return compare_sketches(saved, ours)
 
 
 def compare_sketches(saved: dict[str, Any], ours_of: Callable[[str], dict[str, Any] | None]) -> list[str]:

@@ -50,7 +50,8 @@ def merge_checkpoint(
         adapter (str | os.PathLike): what :func:`oftv2.load_adapter` takes.
         out (str | os.PathLike): the folder to write.
         dtype (torch.dtype | None): of all floating-point weights; ``None`` leaves each as it is stored.
-        check_base (bool): compare a sketch of the base weights with that of the model it was trained on.
+        check_base (bool): refuse a model whose weights are not those that the adapter was trained on, by a sketch of
+            them, or that has this adapter merged into them already.
         as_trained (bool): see :func:`oftv2.load_adapter`.
         force (bool): replace a model in ``out``, once the new one is complete.
         progress (Callable): called with the number of bytes to write; gives an object like ``tqdm``.

@@ -18,6 +18,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_config import Changes, class_notes, merged_config, with_labels
 from .checkpoint_names import StoredNames, empty_model, load_config, model_class, stored_names
 from .fitting import check_tensors, check_trained, compare_plain, listed, refuse
+from .merged_before import merged_before, with_adapter
 from .quant import QuantOFTLinear
 from .safetensors_stream import DTYPES, Entry
 from .single_file import located
@@ -88,7 +89,8 @@ def make_plan(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None,
     draft = _Draft(base, adapter, names, model, targets)
     refuse(title, draft.problems)
     if check_base:
-        refuse(title, _other_base(base, adapter, draft))
+        found = merged_before(base.config, adapter) or _other_base(base, adapter, draft)
+        refuse(title, [f"{problem}; --no-check-base merges it all the same" for problem in found])
     dtype = dtype or base.dequantized
     notes = [*adapter.notes, *_quantized_notes(base, adapter, dtype)]
     changes = Changes(dtype)
@@ -114,7 +116,7 @@ def make_plan(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None,
         file = base.where[key].path.name if key in base.where else last
         files[file][key] = dataclasses.replace(piece, entry=_entry_in(piece.entry, dtype))
     files = {name: held for name, held in files.items() if held}
-    return Plan(adapter, files, merged_config(base.config, changes), tuple(notes))
+    return Plan(adapter, files, with_adapter(merged_config(base.config, changes), adapter), tuple(notes))
 
 
 class _Draft:
@@ -231,8 +233,7 @@ def _other_base(base: Checkpoint, adapter: AdapterFile, draft: _Draft) -> list[s
             else sketch_weight(base.where[source].read(source), quantized=base.dequantized is not None)
         )
 
-    found = compare_sketches(adapter.base, ours)
-    return [f"{problem}; --no-check-base merges it all the same" for problem in found]
+    return compare_sketches(adapter.base, ours)
 
 
 def _quantized_notes(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None) -> list[str]:

@@ -9,6 +9,10 @@ class StabilityWarning(UserWarning):
     """Generators so large that the Cayley–Neumann series is about to diverge."""
 
 
+class OptimizerWarning(UserWarning):
+    """An optimizer that trains nothing of the adapter, because it was made before the adapter was there."""
+
+
 class PeftFormatWarning(UserWarning):
     """An adapter that PEFT cannot read as it is, or one of PEFT's that reads otherwise here than there."""
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .adapter_file import GENERATORS, PREFIX, AdapterFile
+from .backends import find_backend
 from .errors import AdapterError
+from .merging import scaled_rows
 from .rotation import Rotation
 from .state import find_state, get_state, layers_of, plain_name, plain_parameter
 from .targets import Target, layer_class_for
@@ -51,7 +54,7 @@ def compare_plain(model: nn.Module, adapter: AdapterFile) -> tuple[list[str], li
                 f"{name}: saved with block size {block_size}, which does not divide {features} features here"
             )
             continue
-        problems += _check_shape(adapter, name, rotation)
+        problems += _check_shape(adapter, name, rotation) + _check_scale(adapter, name, module)
         targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, block_size))
     return problems, targets
 
@@ -83,7 +86,7 @@ def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str, *
             for field in dataclasses.fields(Rotation)
             if getattr(saved, field.name) != getattr(here, field.name) and field.name != "dropout"
         ]
-        problems += _check_shape(adapter, name, saved)
+        problems += _check_shape(adapter, name, saved) + _check_scale(adapter, name, layers[name].base_layer)
     return problems
 
 
@@ -92,6 +95,22 @@ def _check_shape(adapter: AdapterFile, name: str, rotation: Rotation) -> list[st
     if tensor is None or tuple(tensor.shape) == rotation.shape:
         return []
     return [f"{name}: generators of shape {tuple(tensor.shape)} in the file, {rotation.shape} needed here"]
+
+
+def _check_scale(adapter: AdapterFile, name: str, base: nn.Module) -> list[str]:
+    scale = adapter.output_scales.get(name)
+    if scale is None or _can_be_scaled(base, scale):
+        return []
+    return [
+        f"{name}: the adapter scales {len(scale)} outputs too (PEFT 0.14 and 0.15 did), which takes a Linear or Conv2d "
+        f"of as many that is not quantized, and here is {base}"
+    ]
+
+
+def _can_be_scaled(base: nn.Module, scale: Tensor) -> bool:
+    if not isinstance(base, (nn.Linear, nn.Conv2d)) or find_backend(base) is not None:
+        return False
+    return base.weight.shape[:1] == scale.shape
 
 
 def check_trained(
@@ -127,6 +146,26 @@ def _check_tied(model: nn.Module, adapter: AdapterFile) -> list[str]:
         for name in tied
         if len(tied) > 1 and name in adapter.apart
     ]
+
+
+@torch.no_grad()
+def with_scaled_weights(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
+    """With output scales made part of weights that belong to the adapter, wherever they fit those of ``model``."""
+    state = find_state(model)
+    originals = {} if state is None else state.originals
+    scaled = {}
+    for layer, scale in adapter.output_scales.items():
+        module = dict(model.named_modules(remove_duplicate=False)).get(layer)
+        base = getattr(module, "base_layer", module)
+        if base is not None and _can_be_scaled(base, scale):
+            name = f"{layer}.weight"
+            scaled[name] = scaled_rows(originals.get(name, base.weight.detach()), scale).to(base.weight.dtype)
+    return dataclasses.replace(
+        adapter,
+        trained=(*adapter.trained, *scaled),
+        apart=(*adapter.apart, *scaled),
+        tensors=adapter.tensors | {PREFIX + name: weight for name, weight in scaled.items()},
+    )
 
 
 def without_copies(adapter: AdapterFile, model: nn.Module, adapter_name: str) -> AdapterFile:

@@ -15,8 +15,18 @@ from .adapters import check_addable, put
 from .base import DEFAULT_ADAPTER
 from .base_check import compare_base
 from .errors import AdapterError, PeftFormatWarning
-from .fitting import check_tensors, check_trained, compare_plain, compare_wrapped, refuse, without_copies
+from .fitting import (
+    check_tensors,
+    check_trained,
+    compare_plain,
+    compare_wrapped,
+    refuse,
+    with_scaled_weights,
+    without_copies,
+)
 from .gradient_check import check_gradients
+from .merged_before import config_of, merged_before
+from .optimizer_check import watch_optimizers
 from .reading import read_adapter
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
@@ -41,12 +51,12 @@ def load_adapter(
 
     Args:
         model (nn.Module): the base model that the adapter was trained on, quantized or not; or a wrapped one.
-        folder (str | os.PathLike): what :func:`save_adapter` or PEFT (an OFT of 0.16 or later) wrote; or a single
-            safetensors file of OneTrainer's or sd-scripts'.
+        folder (str | os.PathLike): what :func:`save_adapter` or PEFT (0.14 or later) wrote; or a single safetensors
+            file of OneTrainer's or sd-scripts'.
         adapter_name (str | None): the name it gets; ``None`` is ``"default"``, and adds no further adapter.
         trainable (bool | None): whether to go on training it. ``None``: as the adapter of this name was, else no.
-        check_base (bool): compare a sketch of the base weights with that of the model it was trained on.
-            PEFT's files have none.
+        check_base (bool): refuse a model whose weights are not those that the adapter was trained on, by a sketch of
+            them (PEFT's files have none), or that has this adapter merged into them already.
         as_trained (bool): of adapters that PEFT wrote before 0.18: with the series that they were trained with, and not
             with the slightly different one that later PEFTs read them with.
 
@@ -94,6 +104,8 @@ def load_adapter(
     if trainable is not None:
         for parameter in adapter_parameters(model, adapter_name):
             parameter.requires_grad_(trainable)
+    if trainable:
+        watch_optimizers(model)
     _warn_of_notes(adapter, folder)
     return model
 
@@ -142,7 +154,9 @@ def _read_for(model: nn.Module, folder: str | os.PathLike[str], as_trained: bool
     adapter = read_adapter(folder, as_trained=as_trained)
     if adapter.origin not in ("oftv2", "PEFT"):
         adapter = located(adapter, model)
-    return without_copies(adapter, model, adapter_name) if adapter.origin == "PEFT" else adapter
+    if adapter.origin == "PEFT":
+        adapter = with_scaled_weights(without_copies(adapter, model, adapter_name), model)
+    return adapter
 
 
 def _check_fit(
@@ -152,7 +166,8 @@ def _check_fit(
     problems = check_tensors(adapter) + problems
     if check_base and not problems:
         with base_values(model):
-            problems += compare_base(model, adapter.base)
+            found = merged_before(config_of(model), adapter) or compare_base(model, adapter.base)
+        problems += [f"{problem}; check_base=False loads it all the same" for problem in found]
     refuse(f"the adapter in {folder} does not fit, and nothing was loaded", problems)
 
 

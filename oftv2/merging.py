@@ -130,6 +130,12 @@ def rotated(weight: Tensor, delta: Tensor) -> Tensor:
     return out
 
 
+def scaled_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight`` of ``(n, …)``, each row times its own factor of ``(n,)``, in float32 or wider."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) * scale.to(weight.device, wide).view(-1, *[1] * (weight.dim() - 1))
+
+
 def placement(base_layer: nn.Module) -> tuple[torch.device, bool]:
     """Where generators go, and whether in float64: beside the base weight, or where a dispatched base computes."""
     parameters = [*base_layer.parameters(), *base_layer.buffers()]

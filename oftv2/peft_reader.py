@@ -15,6 +15,7 @@ from torch import Tensor
 from .adapter_file import CONFIG_FILE, GENERATORS, PREFIX, AdapterFile
 from .config import OFTConfig
 from .errors import AdapterError
+from .peft_before_016 import is_before_016, modernized
 from .peft_config import from_peft, series_before_018
 from .peft_format import EMBEDDING_GENERATORS, from_layout
 
@@ -37,7 +38,7 @@ def read_peft(tensors: dict[str, Tensor], folder: Path, as_trained: bool) -> Ada
     """The adapter in a folder that PEFT wrote.
 
     Raises:
-        AdapterError: another kind of adapter, an OFT of PEFT 0.15 or older, or a configuration that cannot be read.
+        AdapterError: another kind of adapter, or a configuration that cannot be read.
     """
     path = folder / CONFIG_FILE
     try:
@@ -48,11 +49,10 @@ def read_peft(tensors: dict[str, Tensor], folder: Path, as_trained: bool) -> Ada
         raise AdapterError(f"{path} does not hold PEFT's description of an adapter: {error}") from error
     if values["peft_type"] != "OFT":
         raise AdapterError(f"{folder} holds a {values['peft_type']} adapter of PEFT's; this library takes OFT")
-    if any(".oft_r." in key or ".oft_s." in key for key in tensors):
-        raise AdapterError(
-            f"{folder} holds an OFT adapter of PEFT 0.15 or older (oft_r, with scales oft_s on the outputs), which is "
-            "no plain rotation; today's PEFT does not read it either. Merge it with that PEFT, or train it anew"
-        )
+    scales: dict[str, Tensor] = {}
+    old_notes: tuple[str, ...] = ()
+    if is_before_016(tensors):
+        tensors, values, scales, old_notes = modernized(tensors, values, folder)
     config, notes, rotates = _config(values, path, as_trained)
     tensors = dict(tensors)
     sizes: dict[str, int] = {}
@@ -74,7 +74,8 @@ def read_peft(tensors: dict[str, Tensor], folder: Path, as_trained: bool) -> Ada
         "sketches": {},
     }
     config = dataclasses.replace(config, modules_to_save=tops)
-    return AdapterFile(config, sizes, trained, base, tensors, origin="PEFT", notes=notes, apart=apart)
+    notes = (*old_notes, *notes)
+    return AdapterFile(config, sizes, trained, base, tensors, "PEFT", notes, apart, output_scales=scales)
 
 
 def block_size_of(key: str, tensor: Tensor) -> int:

@@ -131,11 +131,12 @@ def rewrite_adapter(adapter: AdapterFile, folder: str | os.PathLike[str]) -> Pat
     """Writes an adapter that was read from disk in this library's own format, without its model.
 
     Raises:
-        AdapterError: an adapter whose meaning depends on the model: layers by another program's names, or parameters
-            that PEFT saved, which may be trained or not.
+        AdapterError: an adapter whose meaning depends on the model: layers by another program's names, parameters that
+            PEFT saved, which may be trained or not, or scales of a weight.
     """
-    if adapter.origin != "oftv2" and (adapter.origin != "PEFT" or adapter.trained):
-        what = "parameters beside its rotations" if adapter.trained else "layers by names of its own"
+    beside = adapter.trained or adapter.output_scales
+    if adapter.origin != "oftv2" and (adapter.origin != "PEFT" or beside):
+        what = "parameters beside its rotations" if beside else "layers by names of its own"
         raise AdapterError(f"this adapter of {adapter.origin} has {what}: give the base model with --base")
     refuse("not written", check_tensors(adapter))
     base = {field: adapter.base[field] for field in ("class", "name_or_path", "sketches")}

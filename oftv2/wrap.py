@@ -15,6 +15,7 @@ from .errors import AdapterError
 from .gradient_check import check_gradients
 from .grouping import check_groups, ungroup
 from .grouping import group_projections as group
+from .optimizer_check import watch_optimizers
 from .pretrained import present, unpresent
 from .rotation import Rotation
 from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
@@ -64,6 +65,7 @@ def wrap_model(
     if group_projections:
         check_groups(model)
     install(model, config, targets, adapter_name, trained=trained)
+    watch_optimizers(model)
     return group(model) if group_projections else model
 
 

@@ -159,7 +159,6 @@ FOREIGN = {
     "broken": (lambda folder: (folder / CONFIG).write_text("{"), "does not hold PEFT's description"),
     "no-config": (lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json"),
     "newer": (lambda folder: set_config(folder, oft_spin=3), "oft_spin.*newer PEFT"),
-    "old": (lambda folder: rename(folder, ".oft_R.weight", ".oft_r.default"), "PEFT 0.15 or older"),
     "shape": (lambda folder: reshape(folder), "no packed skew-symmetric"),
     "other-model": (lambda folder: rename(folder, "model.0.", "model.9."), "9: this Sequential has no such module"),
 }

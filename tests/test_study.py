@@ -16,13 +16,13 @@ import study_tasks
 import torch
 from study_examples import Example, Prompts, accuracy, replies, train
 from study_plan import CORE, LEARNING_RATES, LORA, OFT, SEEDS, SIZES, TASKS, Method, Run, best_lr, compare, plan
-from study_plots import study_plots
 from study_report import study_tables
 from study_stats import at_equal_loss, interval, paired
 from study_tasks import CorpusError, Passages, load_task, score
 from study_train import Study, attach
 from transformers import LlamaForCausalLM
 
+import plots
 from byte_tokenizer import byte_tokenizer
 
 
@@ -69,7 +69,13 @@ def test_best_learning_rate_is_the_validation_loss_s() -> None:
     assert best_lr(rows, wanted) == best
     diverged = [r | {"diverged": True} if r.get("lr") == best else r for r in rows]
     assert best_lr(diverged, wanted) == second
-    assert [run.lr for run in compare(rows, TASKS[0], (OFT,))][3:] == [best, best]
+    above = 2 * best  # the best is the highest of the grid
+    assert [run.lr for run in compare(rows, TASKS[0], (OFT,))][3:] == [above, best, best]
+    better = [*rows, row(lr=above, loss=0.05)]
+    assert [run.lr for run in compare(better, TASKS[0], (OFT,))][3:] == [above, above, above]
+    assert [run.lr for run in compare(diverged, TASKS[0], (OFT,))][3:] == [second / 2, second, second]
+    middle = [r | {"validation": {"loss": 0.0}} if r.get("lr") == LEARNING_RATES["oft"][0] else r for r in rows]
+    assert [run.lr for run in compare(middle, TASKS[0], (OFT,))][3:] == [LEARNING_RATES["oft"][0]] * 2
 
 
 def test_intervals() -> None:
@@ -246,7 +252,7 @@ def test_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
 
 
-def test_report_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
+def test_report_says_what_is_there_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "study.jsonl"
     for seed in SEEDS:
         for method, losses in ((OFT, (0.5, 0.2, 0.8)), (LORA, (0.4, 0.6, 0.7))):
@@ -256,15 +262,22 @@ def test_report_says_what_is_there_and_what_is_not(tmp_path: Path) -> None:
     study_results.append(path, row(CORE[2], 1e-3, 0, 0.3))
     study_results.append(path, row(CORE[4], 1e-4, 0, 0.3, diverged=True))
     report = study_tables(path)
-    assert f"12 of {len(plan([]))} planned runs are done, 0 others besides; 1 diverged" in report
+    planned = len(plan([])) + 1  # OFT's best is the highest of its learning rates: one more
+    assert f"12 of {planned} planned runs are done, 0 others besides; 1 diverged" in report
     # the means of 0.2, 0.21, 0.22 and t(2) · 0.01 / √3
     assert "| OFT b = 32 | 0.03 M | 0.001 (edge) | 3 | 81.1 ± 2.0 | 0.210 ± 0.025 |" in report
     assert "| OFT b = 32 − LoRA r = 16 | sums | 3 |" in report
     assert "-0.200 ± 0.000" in report
     assert "at half the parameters: sums yes (not run: reversal, fractions, sorting, shakespeare)" in report
     assert "QOFT at least as good as QLoRA: nothing yet" in report
-    study_plots(path, tmp_path / "study.png")
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(plots, "STUDY", path)
+    parameters, seconds = plots.quality()
+    assert {name: points[0][0] for name, points in parameters.lines.items()} == {"oft-32": 32000, "lora-16": 16000}
+    assert seconds.lines["oft-32"] == [(60.0, pytest.approx(81.1, abs=0.05))]
+    assert parameters.spread["oft-32"] == pytest.approx(2.0, abs=0.05)
+    plots.draw(tmp_path / "study.svg", [parameters, seconds, *plots.ablations()])
+    assert plots.digest([parameters]) != plots.digest([seconds])
+    assert "oft" in (tmp_path / "study.svg").read_text().lower()
 
 
 def test_wrong_expression_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,137 @@
+"""An optimizer made before the adapter trains nothing, and says so; any that trains the adapter, or may, does not."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+import oftv2
+from oftv2 import OptimizerWarning, wrap_model
+from oftv2.optimizer_check import _watched
+
+STEPS = 4
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+def wrapped(**fields) -> nn.Module:
+    return wrap_model(mlp(), block_size=4, **fields)
+
+
+def train(model: nn.Module, *optimizers: torch.optim.Optimizer, backward: int = 1) -> None:
+    for _ in range(STEPS):
+        for _ in range(backward):
+            model(torch.randn(3, 8)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.fixture
+def silent():
+    """Any warning is an error; and in the end nothing is looked at any more."""
+    _watched.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert not _watched
+
+
+def test_an_optimizer_made_before_wrapping_is_reported_once_where_it_steps():
+    model = mlp()
+    optimizer = AdamW(model.parameters())
+    wrap_model(model, block_size=4)
+    with pytest.warns(OptimizerWarning, match="this AdamW trains nothing of the adapter in the Sequential") as caught:
+        train(model, optimizer)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert model not in _watched
+
+
+def test_made_before_loading(tmp_path):
+    folder = oftv2.save_adapter(wrapped(), tmp_path, format="oftv2")
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    oftv2.load_adapter(model, folder, trainable=True, check_base=False)
+    with pytest.warns(OptimizerWarning):
+        train(model, optimizer)
+
+
+def test_made_for_another_adapter():
+    model = wrapped()
+    optimizer = SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    train(model, optimizer)
+    oftv2.set_adapter(oftv2.add_adapter(model, "second", block_size=2), "second")
+    with pytest.warns(OptimizerWarning):
+        train(model, optimizer)
+
+
+def test_made_before_with_a_head_that_it_does_train():
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrap_model(model, block_size=4, modules_to_save=["2"])
+    with pytest.warns(OptimizerWarning):
+        train(model, optimizer)
+
+
+@pytest.mark.parametrize("backward", [1, 50])
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+@pytest.mark.parametrize("everything", [False, True], ids=["trainable", "all parameters"])
+def test_an_optimizer_of_the_adapter_is_silent(silent, everything, lr, backward):
+    model = wrapped()
+    train(model, AdamW([p for p in model.parameters() if everything or p.requires_grad], lr=lr), backward=backward)
+
+
+def test_frozen_parameters_in_an_optimizer_of_their_own_are_silent(silent):
+    model = wrapped()
+    vectors = AdamW([p for p in model.parameters() if p.dim() < 2])  # norms and biases; as beside Muon
+    matrices = SGD([p for p in model.parameters() if p.dim() == 2], lr=0.1)
+    train(model, vectors, matrices)
+
+
+def test_one_optimizer_for_each_parameter_is_silent(silent):
+    model = wrapped()
+    train(model, *(SGD([parameter], lr=0.1) for parameter in model.parameters()))
+
+
+def test_skipped_steps_are_silent(silent):
+    model = wrapped()
+    optimizer, scaler = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), torch.amp.GradScaler("cpu")
+    for step in range(STEPS):
+        scaler.scale(model(torch.randn(3, 8)).sum() * (float("inf") if step < 2 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def test_what_was_added_later_counts(silent):
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrap_model(model, block_size=4)
+    optimizer.add_param_group({"params": [p for p in model.parameters() if p.requires_grad]})
+    train(model, optimizer)
+
+
+def test_optimizers_of_other_things_are_silent(silent):
+    model, other = wrapped(), nn.Linear(8, 8)
+    optimizer = SGD(other.parameters(), lr=0.1)
+    train(other, optimizer)
+    assert model in _watched  # the adapter may be trained yet
+    del model
+    gc.collect()
+
+
+def test_a_frozen_adapter_is_silent(silent, tmp_path):
+    folder = oftv2.save_adapter(wrapped(), tmp_path, format="oftv2")
+    model = mlp()
+    head = nn.Linear(4, 2)
+    optimizer = SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    oftv2.load_adapter(model, folder, check_base=False)
+    train(nn.Sequential(model, head), optimizer)
+    assert model not in _watched
