@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from .adapter_file import CONFIG_FILE, TENSORS_FILE
-from .model_card import CARD_FILE, LIBRARY
+from .model_card import CARD_FILE, LIBRARY, is_edited
+from .state import find_state
 
 _FILES = (TENSORS_FILE, CONFIG_FILE, CARD_FILE)
 
@@ -84,6 +87,39 @@ def upload_adapters(
     options["commit_message"] = options.get("commit_message") or "Upload OFT adapter"
     files = [glob.escape((place / name).as_posix()) for place in places for name in _FILES]
     return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, revision=revision, **options)
+
+
+def serve_trainer() -> None:
+    """Has transformers' ``Trainer``, if it is imported, push whole adapters while it trains.
+
+    It pushes a checkpoint's files by the names that it knows: the adapter's only where peft is installed, its card and
+    further adapters never. So they are put beside those files, into the folder that it uploads.
+    """
+    trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    original = getattr(trainer_class, "_push_from_checkpoint", None)
+    if original is None or hasattr(original, "_oftv2"):
+        return
+
+    @functools.wraps(original)
+    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if find_state(model) and self.is_world_process_zero() and self.args.hub_strategy != "end":
+            _copy_adapters(model, Path(checkpoint_folder), Path(self.args.output_dir))
+        original(self, checkpoint_folder)
+
+    _push_from_checkpoint._oftv2 = True  # type: ignore[attr-defined]
+    trainer_class._push_from_checkpoint = _push_from_checkpoint  # type: ignore[union-attr]
+
+
+def _copy_adapters(model: nn.Module, source: Path, target: Path) -> None:
+    """Copies all adapters of a model from one folder to another, but no card over one that was edited."""
+    from .saving import places
+
+    for place in places(model).values():
+        (target / place).mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if (source / place / name).is_file() and not (name == CARD_FILE and is_edited(target / place / name)):
+                shutil.copy(source / place / name, target / place / name)
 
 
 def _made(api: Any, repo_id: str, private: bool | None, revision: str | None) -> str:

@@ -24,7 +24,7 @@ def write_card(folder: Path, manifest: dict[str, Any]) -> None:
         manifest (dict): what is saved as the adapter's description.
     """
     path = folder / CARD_FILE
-    if path.exists() and not _is_untouched(path.read_text(encoding="utf-8")):
+    if is_edited(path):
         return
     card = _card(manifest)
     mark = f"<!-- oftv2 wrote this card ({_digest(card)}); once edited, it is kept as it is -->\n"
@@ -72,9 +72,13 @@ def _license(card: Path) -> list[str]:
     return re.findall(r"^license\w*:.+$", parts[1], re.M) if len(parts) == 3 and not parts[0] else []
 
 
-def _is_untouched(text: str) -> bool:
+def is_edited(path: Path) -> bool:
+    """Whether there is a card that is not as this library wrote it."""
+    if not path.exists():
+        return False
+    text = path.read_text(encoding="utf-8")
     mark = _MARK.search(text)
-    return mark is not None and mark[1] == _digest(_MARK.sub("", text))
+    return mark is None or mark[1] != _digest(_MARK.sub("", text))
 
 
 def _digest(text: str) -> str:

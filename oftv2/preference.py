@@ -1,9 +1,9 @@
 """The reference model of preference training (DPO and its like): the policy itself, without what it is learning.
 
-TRL's ``DPOTrainer`` and ``KTOTrainer`` would load the whole base model a second time, and not quantized at that, unless
-the policy is a ``PeftModel`` or they are given a reference. A wrapped model is therefore given one by itself, as long
-as TRL is imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says
-the same in so many words.
+TRL's trainers would load the whole base model a second time, and not quantized at that, unless the policy is a
+``PeftModel`` or they are given a reference. A wrapped model is therefore given one by itself, as long as TRL is
+imported before the model is wrapped; ``DPOTrainer(model, ref_model=reference_model(model), …)`` says the same in so
+many words. ``GRPOTrainer`` and ``RLOOTrainer`` take no ``ref_model``: they get it where they would load theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 
@@ -109,17 +110,17 @@ def serve_trl() -> None:
     """Lets TRL's trainers that want a reference, if TRL is imported, take :func:`reference_model` by themselves."""
     if (trl := sys.modules.get("trl")) is None:
         return
-    for name in ("DPOTrainer", "KTOTrainer"):
+    for name in ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer"):
         try:
             trainer_class = getattr(trl, name)
         except (ImportError, RuntimeError, AttributeError):  # what cannot be imported here cannot be used either
             continue
         if not hasattr(trainer_class.__init__, "_oftv2"):
-            trainer_class.__init__ = _with_reference(trainer_class.__init__)
+            trainer_class.__init__ = _with_reference(trainer_class.__init__, sys.modules[trainer_class.__module__])
 
 
-def _with_reference(original: Any) -> Any:
-    """A trainer's ``__init__`` that gives a wrapped model a reference where the caller gives none."""
+def _with_reference(original: Any, module: Any) -> Any:
+    """The ``__init__`` of a trainer in ``module``, giving a wrapped model a reference where the caller gives none."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -127,14 +128,30 @@ def _with_reference(original: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
         model = given.get("model")
-        if isinstance(model, nn.Module) and find_state(model) and not given.get("ref_model"):
-            if getattr(given.get("args"), "sync_ref_model", False):
-                raise AdapterError(
-                    "sync_ref_model=True would copy the policy over its reference, and with an adapter these are one "
-                    "model: use sync_ref_model=False, or pass a ref_model of its own"
-                )
-            given["ref_model"] = reference_model(model)
-        original(*bound.args, **bound.kwargs)
+        if not isinstance(model, nn.Module) or find_state(model) is None:
+            original(*args, **kwargs)
+            return
+        _check_arguments(given.get("args"), has_reference=bool(given.get("ref_model")))
+        if "ref_model" in signature.parameters:
+            given["ref_model"] = given.get("ref_model") or reference_model(model)
+            original(*bound.args, **bound.kwargs)
+            return
+        # The policy is a model already, so this is called for the reference, and only where there is to be one.
+        with mock.patch.object(module, "create_model_from_path", return_value=reference_model(model)):
+            original(*args, **kwargs)
 
     __init__._oftv2 = True  # type: ignore[attr-defined]
     return __init__
+
+
+def _check_arguments(args: Any, *, has_reference: bool) -> None:
+    """Refuses what a wrapped model cannot do in a trainer of TRL."""
+    if getattr(args, "sync_ref_model", False) and not has_reference:
+        raise AdapterError(
+            "sync_ref_model=True would copy the policy over its reference, and with an adapter these are one "
+            "model: use sync_ref_model=False, or pass a ref_model of its own where the trainer takes one"
+        )
+    if getattr(args, "use_vllm", False):
+        raise AdapterError(
+            "use_vllm=True would generate without the adapter, which TRL does not send to vLLM: use use_vllm=False"
+        )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import write_atomically
 from .errors import AdapterError
-from .hub import push_adapters, upload_adapters
+from .hub import push_adapters, serve_trainer, upload_adapters
 from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
 from .precision import ATTRIBUTE as FLOAT32
@@ -57,6 +57,7 @@ class WrappedPreTrainedModel:
         assert isinstance(self, nn.Module)
         if not is_main_process:
             return
+        serve_trainer()  # by the time that a Trainer calls this, it is imported
         folder = save_adapters(self, save_directory, selected_adapters)
         names = set(trained_keys(self))
         tensors = {
@@ -80,8 +81,9 @@ class WrappedPreTrainedModel:
     def _keys_to_ignore_on_save(self) -> list[str]:
         """What a checkpoint leaves out; ``Trainer`` would warn that these keys are missing when it resumes."""
         assert isinstance(self, nn.Module)
-        trained = set(trained_keys(self))
-        return [name for name in self.state_dict() if name not in trained]
+        state_dict = self.state_dict()
+        kept = {*trained_keys(self), *_scales(state_dict)}
+        return [name for name in state_dict if name not in kept]
 
     @property
     def peft_config(self) -> AdapterConfigs:
@@ -121,11 +123,8 @@ class WrappedPreTrainedModel:
         The frozen base has them already, so accelerate's saved states, which hold the whole model, fit.
         """
         restore_float32(self)  # type: ignore[arg-type]
-        scales = [
-            key for key in state_dict if ".weight." in key and key.rpartition(".weight.")[0] + ".weight" in state_dict
-        ]
-        if scales:
-            state_dict = {key: value for key, value in state_dict.items() if key not in set(scales)}
+        if scales := _scales(state_dict):
+            state_dict = {key: value for key, value in state_dict.items() if key not in scales}
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
     def enable_input_require_grads(self) -> None:
@@ -180,6 +179,11 @@ def train_adapter(model: nn.Module) -> None:
     for name in get_state(model).sequence:
         for parameter in adapter_parameters(model, name):
             parameter.requires_grad_(True)
+
+
+def _scales(state_dict: Mapping[str, Any]) -> set[str]:
+    """The keys of what bitsandbytes saves beside a 4-bit weight, and neither loads nor misses."""
+    return {key for key in state_dict if ".weight." in key and key.rpartition(".weight.")[0] + ".weight" in state_dict}
 
 
 def _hub_options(options: dict[str, Any]) -> dict[str, Any]:

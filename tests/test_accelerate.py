@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, load_checkpoint_in_model
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from peft import prepare_model_for_kbit_training
@@ -101,6 +101,19 @@ def test_a_loop_resumes_without_any_difference(make_base, tmp_path):
     model = straight.accelerator.unwrap_model(straight.model).eval()
     save_adapter(model, tmp_path / "adapter")
     assert torch.equal(load_adapter(make_base(), tmp_path / "adapter").eval()(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("size", ["10GB", "200KB"], ids=["one-file", "sharded"])
+def test_save_model_holds_the_whole_model(tiny_llama, tmp_path, size):
+    model = wrap_model(tiny_llama(), block_size=16, modules_to_save=["lm_head"])
+    loop = Loop(model)
+    loop.run(0, 4)
+    loop.accelerator.save_model(loop.model, str(tmp_path), max_shard_size=size)
+    fresh = wrap_model(tiny_llama(), block_size=16, modules_to_save=["lm_head"])
+    load_checkpoint_in_model(fresh, str(tmp_path), strict=True)
+    assert list(trainable(fresh)) == list(trainable(model))
+    for (name, value), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(value, other), name
 
 
 def test_generators_stay_in_float32_in_mixed_precision(tiny_llama):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -50,10 +51,11 @@ def hub(tmp_path, monkeypatch) -> Path:
 
         check(repo_id, options.get("revision"))
         files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        place = root / repo_id / options.get("path_in_repo", "")
         allow, ignore = options.get("allow_patterns"), options.get("ignore_patterns")
         for name in filter_repo_objects(files, allow_patterns=allow, ignore_patterns=ignore):
-            (root / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(folder_path) / name, root / repo_id / name)
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path) / name, place / name)
         commit = f"https://hub/{repo_id}: {options['commit_message']}"
         done = SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: commit)
         return done if options.get("run_as_future") else commit
@@ -203,11 +205,10 @@ def test_save_pretrained_pushes_what_it_saved(tiny_llama, tmp_path, hub):
     assert {path.name for path in (hub / "other/name").iterdir()} == ADAPTER
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
-def test_a_trainer_that_pushes(tiny_llama, tmp_path, hub, strategy):
-    model = wrapped(tiny_llama)
+def pushing(model: nn.Module, folder: Path, **fields: Any) -> Trainer:
+    """A trainer that pushes."""
     arguments = TrainingArguments(
-        tmp_path / "run",
+        folder,
         max_steps=2,
         save_steps=1,
         per_device_train_batch_size=2,
@@ -216,9 +217,15 @@ def test_a_trainer_that_pushes(tiny_llama, tmp_path, hub, strategy):
         disable_tqdm=True,
         push_to_hub=True,
         hub_model_id="user/mine",
-        hub_strategy=strategy,
+        **fields,
     )
-    trainer = Trainer(model, arguments, train_dataset=ROWS)
+    return Trainer(model, arguments, train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
+def test_a_trainer_that_pushes(tiny_llama, tmp_path, hub, strategy):
+    model = wrapped(tiny_llama)
+    trainer = pushing(model, tmp_path / "run", hub_strategy=strategy)
     trainer.train()
     trainer.push_to_hub()
     names = {path.name for path in (hub / "user/mine").iterdir()}
@@ -229,6 +236,37 @@ def test_a_trainer_that_pushes(tiny_llama, tmp_path, hub, strategy):
     assert set(metadata["tags"]) >= {"oftv2", "oft", "orthogonal-finetuning", "generated_from_trainer"}
     loaded = load_adapter(tiny_llama(), hub / "user/mine", check_base=False).eval()
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["peft", "without"])
+@pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
+def test_what_is_pushed_during_training_is_whole(tiny_llama, tmp_path, hub, monkeypatch, strategy, peft):
+    monkeypatch.setattr(transformers.trainer, "is_peft_available", lambda: peft)
+    model = wrapped(tiny_llama)
+    add_adapter(model, "style", block_size=8)
+    randomize(model)
+    trainer = pushing(model, tmp_path / "run", hub_strategy=strategy, hub_always_push=True)
+    trainer.train()  # pushes after both steps, and nothing is pushed at the end
+    for name, place in {"default": "", "style": "style"}.items():
+        assert {path.name for path in (hub / "user/mine" / place).iterdir()} >= ADAPTER
+        set_adapter(model, name)
+        loaded = load_adapter(tiny_llama(), hub / "user/mine" / place).eval()
+        assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+    set_adapter(model, "default")
+    metadata, _ = parts(hub / "user/mine/README.md")
+    assert metadata["base_model"] == "someone/tiny-llama"
+    if strategy == "all_checkpoints":
+        assert files(hub / "user/mine/checkpoint-2") >= ADAPTER | {f"style/{file}" for file in ADAPTER}
+
+    (tmp_path / "run/README.md").write_text("Mine")
+    trainer.train()
+    assert (hub / "user/mine/README.md").read_text() == "Mine"
+
+
+def test_a_trainer_that_pushes_at_the_end_writes_nothing_before(tiny_llama, tmp_path, hub):
+    trainer = pushing(wrapped(tiny_llama), tmp_path / "run", hub_strategy="end")
+    trainer.train()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_tags_go_with_the_adapter(tiny_llama):

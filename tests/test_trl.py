@@ -205,10 +205,10 @@ def test_a_trained_model_is_pickled(make_base, tmp_path):
 
 
 WITHOUT_PEFT = """
-import sys
+import pickle, sys
 
 sys.modules["peft"] = None
-import trl, transformers
+import torch, trl, transformers
 from datasets import Dataset
 import oftv2
 
@@ -224,6 +224,24 @@ trainer = trl.DPOTrainer(model, args=trl.DPOConfig("dpo", **fields), train_datas
 trainer.train()
 assert isinstance(trainer.ref_model, oftv2.ReferenceModel)
 oftv2.load_adapter(load("base"), "dpo/checkpoint-2")
+
+nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+rows = [{"input_ids": row, "labels": row} for row in torch.arange(2, 42).view(4, 10)]
+
+
+def train(folder, checkpoint=None):
+    model = oftv2.wrap_model(load("base", quantization_config=nf4, device_map="cpu"), block_size=16)
+    best = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, gradient_checkpointing=True)
+    arguments = transformers.TrainingArguments(folder, **fields, **best)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.best_model_checkpoint == folder + "/checkpoint-2"
+    return model
+
+
+straight, resumed = train("straight"), train("resumed", "straight/checkpoint-1")
+for model in (resumed, pickle.loads(pickle.dumps(straight))):
+    assert all(value.equal(same) for value, same in zip(straight.parameters(), model.parameters(), strict=True))
 """
 
 

@@ -12,11 +12,15 @@ IDS = torch.arange(80).view(8, 10) % 128
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 
 
-def load(folder: Path, *, nf4: bool) -> Any:
-    """The model in a folder, as it is or as 4 bit."""
+def load(folder: Path, *, nf4: bool = False, int8: bool = False) -> Any:
+    """The model in a folder, as it is or quantized by bitsandbytes."""
     options: dict[str, Any] = {}
-    if nf4:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    if nf4 or int8:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        if nf4:
+            config = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            )
         options = {"quantization_config": config, "device_map": "cpu"}
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
