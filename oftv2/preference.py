@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
 
@@ -137,8 +136,12 @@ def _with_reference(original: Any, module: Any) -> Any:
             original(*bound.args, **bound.kwargs)
             return
         # The policy is a model already, so this is called for the reference, and only where there is to be one.
-        with mock.patch.object(module, "create_model_from_path", return_value=reference_model(model)):
+        load = module.create_model_from_path
+        module.create_model_from_path = lambda *_, **__: reference_model(model)
+        try:
             original(*args, **kwargs)
+        finally:
+            module.create_model_from_path = load
 
     __init__._oftv2 = True  # type: ignore[attr-defined]
     return __init__
