@@ -260,8 +260,7 @@ for the backward pass is counted exactly.
     }{picture("study-cpu", "Accuracy over trainable parameters and over time")}{
         picture("study-ablations-cpu", "Forgetting over what was learned, Neumann terms, learning rates")
     }
-**The main job** (`python examples/finetune.py --compare`: same data, steps and seed; one seed; taken before the
-rotation's CPU path was reworked, so its speed is that of the version before):
+**The main job** (`python examples/finetune.py --compare`: same data, steps and seed; one seed):
 
 {finetune_table(finetune)}
 
