@@ -1,6 +1,7 @@
 """oftv2: orthogonal finetuning (OFTv2, QOFT) of large PyTorch models."""
 
 from . import _installed  # noqa: F401  first: says what is wrong where kernels are missing
+from .accelerator_states import save_adapters_only
 from .adapter import disable_adapter, merge, print_trainable_parameters, unmerge
 from .adapters import active_adapters, adapter_names, add_adapter, delete_adapter, set_adapter
 from .averaging import average_adapters
@@ -64,6 +65,7 @@ __all__ = [
     "print_trainable_parameters",
     "reference_model",
     "save_adapter",
+    "save_adapters_only",
     "set_adapter",
     "unmerge",
     "unwrap_model",

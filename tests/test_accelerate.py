@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, load_checkpoint_in_model
+from accelerate import Accelerator, DistributedType, load_checkpoint_in_model
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from oftv2 import load_adapter, save_adapter, wrap_model
+from oftv2 import AdapterError, add_adapter, load_adapter, save_adapter, save_adapters_only, wrap_model
 from trainer_runs import load
 
 IDS = torch.arange(160).view(16, 10) % 128
@@ -101,6 +102,56 @@ def test_a_loop_resumes_without_any_difference(make_base, tmp_path):
     model = straight.accelerator.unwrap_model(straight.model).eval()
     save_adapter(model, tmp_path / "adapter")
     assert torch.equal(load_adapter(make_base(), tmp_path / "adapter").eval()(IDS).logits, model(IDS).logits)
+
+
+def with_two_adapters(model: nn.Module) -> nn.Module:
+    """One that trains, with a head, and another, whose values are no start's."""
+    wrap_model(model, block_size=16, modules_to_save=["lm_head"])
+    add_adapter(model, "other", block_size=8, init="normal", target_modules=["q_proj"])
+    return model
+
+
+def test_a_loop_resumes_from_its_adapters_only(make_base, tmp_path):
+    straight = Loop(with_two_adapters(make_base()))
+    save_adapters_only(straight.accelerator)
+    straight.run(0, 4)
+    straight.accelerator.save_state(str(tmp_path / "state"))
+    expected = straight.run(4, 8)
+    assert not list((tmp_path / "state").glob("model*"))
+    assert {path.name for path in (tmp_path / "state" / "adapters").iterdir()} == {"default", "other"}
+
+    resumed = Loop(with_two_adapters(make_base()))
+    save_adapters_only(resumed.accelerator)
+    resumed.accelerator.load_state(str(tmp_path / "state"))
+    assert resumed.run(4, 8) == expected
+    for (name, value), other in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+        assert value.requires_grad == other.requires_grad, name
+
+
+def test_states_of_adapters_beside_a_plain_model(tiny_llama, tmp_path):
+    """The plain one's weights are saved as ever, whichever comes first."""
+    loop = Loop(wrap_model(tiny_llama(), block_size=16))
+    plain = loop.accelerator.prepare(nn.Linear(4, 4))
+    save_adapters_only(loop.accelerator)
+    loop.accelerator.save_state(str(tmp_path))
+    wanted = [value.detach().clone() for value in (*trainable(loop.model).values(), plain.weight)]
+    with torch.no_grad():
+        for value in (*trainable(loop.model).values(), plain.weight):
+            value.add_(1)
+    loop.accelerator.load_state(str(tmp_path))
+    found = (*trainable(loop.model).values(), plain.weight)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+    add_adapter(loop.accelerator.unwrap_model(loop.model), "new", block_size=8)
+    with pytest.raises(AdapterError, match=r"holds the adapters \['default'\], and the model has \['default', 'new'\]"):
+        loop.accelerator.load_state(str(tmp_path))
+
+
+def test_what_saves_models_itself_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(AdapterError, match="FSDP saves models itself"):
+        save_adapters_only(accelerator)
 
 
 @pytest.mark.parametrize("size", ["10GB", "200KB"], ids=["one-file", "sharded"])

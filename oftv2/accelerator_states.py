@@ -1,0 +1,65 @@
+"""Checkpoints of a loop on ``accelerate`` that hold the adapters and not the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import AdapterError
+from .loading import load_adapter
+from .saving import save_adapter
+from .state import find_state, get_state
+
+_FOLDER = "adapters"
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+def save_adapters_only(accelerator: Any) -> None:
+    """Has ``accelerator.save_state`` write a wrapped model's adapters only, and ``load_state`` read them.
+
+    An adapter is a folder in ``adapters/`` of the saved state, in this library's own format. Optimizers,
+    schedules, random states and models that are not wrapped stay as they are; resuming is exact. Call it once, on a
+    new accelerator.
+
+    Args:
+        accelerator (accelerate.Accelerator): the loop's.
+
+    Raises:
+        AdapterError: here for FSDP, DeepSpeed and Megatron, which save models themselves; when a state is saved or
+            loaded, what :func:`oftv2.save_adapter` and :func:`oftv2.load_adapter` refuse, and adapters of other names.
+    """
+    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
+    if kind in _SHARDED:
+        raise AdapterError(f"{kind} saves models itself, and a hook cannot leave the base out: use save_adapter")
+
+    def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        for index, model in _wrapped(accelerator, models):
+            if accelerator.is_main_process:
+                for name in get_state(model).configs:
+                    save_adapter(model, _place(output_dir, index) / name, adapter_name=name, format="oftv2")
+            del weights[index]
+
+    def load(models: list[nn.Module], input_dir: str) -> None:
+        for index, model in _wrapped(accelerator, models):
+            folder, names = _place(input_dir, index), set(get_state(model).configs)
+            saved = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            if saved != names:
+                raise AdapterError(f"{folder} holds the adapters {sorted(saved)}, and the model has {sorted(names)}")
+            for name in names:
+                load_adapter(model, folder / name, adapter_name=name)
+            del models[index]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _wrapped(accelerator: Any, models: list[nn.Module]) -> list[tuple[int, nn.Module]]:
+    """The wrapped models that an accelerator prepared with their places, the last first: lists get shorter."""
+    plain = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+    return [(index, model) for index, model in reversed(list(enumerate(plain))) if find_state(model)]
+
+
+def _place(folder: str, index: int) -> Path:
+    return Path(folder) / (f"{_FOLDER}_{index}" if index else _FOLDER)
