@@ -19,7 +19,7 @@ from typing import Any
 
 import checkout
 from study_plan import Method
-from study_report import PAIRS, Results, differences, loss, prose
+from study_report import PAIRS, Results, differences, loss, overview, prose
 from study_results import RESULTS as STUDY
 from study_results import read
 
@@ -273,7 +273,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put them in their places and draw the plots")
     write = parser.parse_args().write
-    places = (("summary", summary(), FOLDER.parent / "README.md"), ("measured", section(), FOLDER / "README.md"))
+    tables = FOLDER / "README.md"
+    places = [("summary", summary(), FOLDER.parent / "README.md"), ("measured", section(), tables)]
+    places.append(("studied", overview(STUDY), tables))
     for name, text, document in places:
         made = f"<!-- {name} -->\n{text}<!-- /{name} -->"
         if write:
