@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+from study_overview import overview
 from study_plan import Method
-from study_report import PAIRS, Results, differences, loss, overview, prose
+from study_report import PAIRS, Results, differences, loss, prose
 from study_results import RESULTS as STUDY
 from study_results import read
 

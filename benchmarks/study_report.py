@@ -201,45 +201,6 @@ def differences(results: Results, ours: Method, theirs: Method, figure: Callable
     return words
 
 
-def task_columns(results: Results, figure_of: Callable[[str], tuple[str, Callable[[Row], float], str, float]]) -> str:
-    """One figure of every method at its best learning rate, a column a task, beside what the base does untrained."""
-    lines = []
-    for base in ("float32", "nf4"):
-        rows = {task: results.base(task, base) for task in TASKS}
-        cells = [
-            format(figure_of(t)[3] * figure_of(t)[1](row), figure_of(t)[2]) if row else "" for t, row in rows.items()
-        ]
-        lines.append([f"base{BASES[base]}", "0", *cells])
-    for method in (*CORE, *SIZES):
-        best = {task: results.best(task, method) for task in TASKS}
-        trained = [rows[0]["trainable"] for rows in best.values() if rows]
-        cells = []
-        for task, rows in best.items():
-            _, figure, form, scale = figure_of(task)
-            cells.append(show(interval([figure(row) for row in rows]) if rows else None, form, scale))
-        if trained:
-            lines.append([label(method), f"{trained[0] / 1e6:.2f} M", *cells])
-    return markdown(["", "trainable", *TASKS], lines)
-
-
-def overview(path: Path) -> str:
-    """The study in three tables."""
-    results = Results(read(path))
-    done, runs = {row["key"] for row in results.rows}, plan(results.rows)
-    parts = [
-        f"{sum(run.key in done for run in runs)} of {len(runs)} runs are done. What was hoped for, and what they say of "
-        "it where an interval over seeds excludes zero:",
-        "\n".join(verdicts(results)),
-        "Held-out answers exactly right, %; of the corpus, the perplexity of a play that was not trained on:",
-        task_columns(results, quality),
-        "Perplexity of unrelated prose:",
-        task_columns(results, lambda task: ("", prose, ".1f", 1.0)),
-    ]
-    if (terms := neumann_table(results)).count("\n") > 1:
-        parts += ["Neumann terms, on sums (one seed; the paper's Table 10):", terms]
-    return "\n\n".join(parts) + "\n"
-
-
 def verdicts(results: Results) -> list[str]:
     """What the runs say of each goal, in words; intervals over seeds that hold zero decide nothing."""
     lines = []

@@ -1,0 +1,50 @@
+"""The study at a glance, for benchmarks/README.md; study_report.py has every table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from study_plan import CORE, SIZES, TASKS, Row, plan
+from study_report import BASES, Results, label, markdown, neumann_table, prose, quality, show, verdicts
+from study_results import read
+from study_stats import interval
+
+
+def task_columns(results: Results, figure_of: Callable[[str], tuple[str, Callable[[Row], float], str, float]]) -> str:
+    """One figure of every method at its best learning rate, a column a task, beside what the base does untrained."""
+    lines = []
+    for base in ("float32", "nf4"):
+        rows = {task: results.base(task, base) for task in TASKS}
+        cells = [
+            format(figure_of(t)[3] * figure_of(t)[1](row), figure_of(t)[2]) if row else "" for t, row in rows.items()
+        ]
+        lines.append([f"base{BASES[base]}", "0", *cells])
+    for method in (*CORE, *SIZES):
+        best = {task: results.best(task, method) for task in TASKS}
+        trained = [rows[0]["trainable"] for rows in best.values() if rows]
+        cells = []
+        for task, rows in best.items():
+            _, figure, form, scale = figure_of(task)
+            cells.append(show(interval([figure(row) for row in rows]) if rows else None, form, scale))
+        if trained:
+            lines.append([label(method), f"{trained[0] / 1e6:.2f} M", *cells])
+    return markdown(["", "trainable", *TASKS], lines)
+
+
+def overview(path: Path) -> str:
+    """What was hoped for and what came of it; what every method learned, and what it forgot; terms of the series."""
+    results = Results(read(path))
+    done, runs = {row["key"] for row in results.rows}, plan(results.rows)
+    parts = [
+        f"{sum(run.key in done for run in runs)} of {len(runs)} runs are done. What was hoped for, and what they say "
+        "of it where an interval over seeds excludes zero:",
+        "\n".join(verdicts(results)),
+        "Held-out answers exactly right, %; of the corpus, the perplexity of a play that was not trained on:",
+        task_columns(results, quality),
+        "Perplexity of unrelated prose:",
+        task_columns(results, lambda task: ("", prose, ".1f", 1.0)),
+    ]
+    if (terms := neumann_table(results)).count("\n") > 1:
+        parts += ["Neumann terms, on sums (one seed; the paper's Table 10):", terms]
+    return "\n\n".join(parts) + "\n"
