@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
 
-from study_plan import CORE, SIZES, TASKS
+from study_plan import CORE, METHODS, TASKS
 from study_report import Results, loss, prose
 from study_report import quality as task_figure
 from study_results import RESULTS as STUDY
@@ -146,7 +146,7 @@ def memory_of_sizes() -> Picture:
 
 def quality() -> Picture:
     """What each method learned of each task, at its best learning rate: a mean over seeds."""
-    results, methods = Results(read(STUDY)), (*CORE, *SIZES)
+    results, methods = Results(read(STUDY)), METHODS
     picture = []
     for task in TASKS:
         best = {method.name: rows for method in methods if (rows := results.best(task, method))}
@@ -256,8 +256,9 @@ def draw(path: Path, picture: Picture) -> None:
             ax.set_xscale("log", base=panel.x_base)
         if panel.log_y:
             ax.set_yscale("log")
-            wide = ax.get_ylim()[1] > 20 * ax.get_ylim()[0]
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 3, 5)))
+            span = ax.get_ylim()[1] / ax.get_ylim()[0]
+            subs = (1,) if span > 1e4 else (1, 2, 5) if span > 20 else (1, 1.2, 1.5, 2, 3, 5)
+            ax.yaxis.set_major_locator(LogLocator(subs=subs))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
         if panel.joined or panel.ticks or any(len(points) > 1 for points in panel.lines.values()):

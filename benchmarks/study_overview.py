@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from study_plan import CORE, SIZES, TASKS, Row, plan
+from study_plan import METHODS, TASKS, Row, plan
 from study_report import BASES, Results, label, markdown, neumann_table, prose, quality, show, verdicts
 from study_results import read
 from study_stats import interval
@@ -13,22 +13,19 @@ from study_stats import interval
 
 def task_columns(results: Results, figure_of: Callable[[str], tuple[str, Callable[[Row], float], str, float]]) -> str:
     """One figure of every method at its best learning rate, a column a task, beside what the base does untrained."""
+    found: dict[str, list[list[Row]]] = {}
+    for base in BASES:
+        found[f"base{BASES[base]}"] = [list(filter(None, [results.base(task, base)])) for task in TASKS]
+    found |= {label(method): [results.best(task, method) for task in TASKS] for method in METHODS}
     lines = []
-    for base in ("float32", "nf4"):
-        rows = {task: results.base(task, base) for task in TASKS}
-        cells = [
-            format(figure_of(t)[3] * figure_of(t)[1](row), figure_of(t)[2]) if row else "" for t, row in rows.items()
-        ]
-        lines.append([f"base{BASES[base]}", "0", *cells])
-    for method in (*CORE, *SIZES):
-        best = {task: results.best(task, method) for task in TASKS}
-        trained = [rows[0]["trainable"] for rows in best.values() if rows]
+    for name, columns in found.items():
         cells = []
-        for task, rows in best.items():
+        for task, rows in zip(TASKS, columns, strict=True):
             _, figure, form, scale = figure_of(task)
             cells.append(show(interval([figure(row) for row in rows]) if rows else None, form, scale))
-        if trained:
-            lines.append([label(method), f"{trained[0] / 1e6:.2f} M", *cells])
+        if any(columns):
+            trained = next(rows[0].get("trainable", 0) for rows in columns if rows)
+            lines.append([name, f"{trained / 1e6:.2f} M", *cells])
     return markdown(["", "trainable", *TASKS], lines)
 
 

@@ -65,6 +65,7 @@ OFT, LORA = Method("oft", 32), Method("lora", 16)
 CORE = (OFT, LORA, replace(OFT, base="nf4"), replace(LORA, base="nf4"), Method("full"))
 SIZES = (Method("oft", 16), Method("lora", 8), Method("oft", 64), Method("lora", 4), Method("dora", 16))
 BF16 = (replace(OFT, base="bfloat16"), replace(LORA, base="bfloat16"))  # slow on CPUs: last
+METHODS = (*CORE, *SIZES, *BF16)
 
 
 def tried_lrs(rows: Iterable[Row], run: Run) -> dict[float, float]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from study_plan import CORE, LORA, OFT, SEEDS, SIZES, TASKS, Method, Row, Run, best_lr, plan
+from study_plan import CORE, LORA, METHODS, OFT, SEEDS, TASKS, Method, Row, Run, best_lr, plan
 from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
 
@@ -94,11 +94,11 @@ def task_table(results: Results, task: str) -> str:
     head = ["", "trainable", "learning rate", "seeds", name, learned, "perplexity of prose", "loss, other tasks"]
     head.append("CPU s a step (shared machine)")
     lines = []
-    for base in ("float32", "nf4"):
+    for base in BASES:
         if (row := results.base(task, base)) is not None:
             values = [format(scale * figure(row), form), f"{loss(row):.3f}", f"{prose(row):.1f}", f"{others(row):.2f}"]
             lines.append([f"base{BASES[base]}", "0", "", "", *values, ""])
-    for method in (*CORE, *SIZES):
+    for method in METHODS:
         rows = results.best(task, method)
         if not rows:
             continue
@@ -121,7 +121,7 @@ def sweep_table(results: Results) -> str:
     """Test loss at every learning rate that was tried, first seed: the effort was equal."""
     lines = []
     for task in TASKS:
-        for method in (*CORE, *SIZES):
+        for method in METHODS:
             found = {row["lr"]: loss(row) for row in results.sweep(task, method)}
             if found:
                 lines.append([task, label(method), ", ".join(f"{lr:g}: {found[lr]:.3f}" for lr in sorted(found))])
@@ -231,7 +231,7 @@ def study_tables(path: Path) -> str:
     parts = [f"{planned} of {len(runs)} planned runs are done, {other} others besides; {diverged} diverged."]
     parts.append("\n".join(verdicts(results)))
     for task in TASKS:
-        if any(results.best(task, method) for method in (*CORE, *SIZES)):
+        if any(results.best(task, method) for method in METHODS):
             parts += [f"**{task}**, mean ± 95% interval over seeds:", task_table(results, task)]
     sections = (
         ("Paired by seed, each at its best learning rate:", paired_table(results)),
