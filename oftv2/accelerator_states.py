@@ -13,6 +13,7 @@ from .saving import save_adapter
 from .state import find_state, get_state
 
 _FOLDER = "adapters"
+_MARK = "_oftv2_saves_adapters_only"
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
@@ -20,8 +21,8 @@ def save_adapters_only(accelerator: Any) -> None:
     """Has ``accelerator.save_state`` write a wrapped model's adapters only, and ``load_state`` read them.
 
     An adapter is a folder in ``adapters/`` of the saved state, in this library's own format. Optimizers,
-    schedules, random states and models that are not wrapped stay as they are; resuming is exact. Call it once, on a
-    new accelerator.
+    schedules, random states and models that are not wrapped stay as they are; resuming is exact. A second call on the
+    same accelerator changes nothing.
 
     Args:
         accelerator (accelerate.Accelerator): the loop's.
@@ -33,6 +34,9 @@ def save_adapters_only(accelerator: Any) -> None:
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     if kind in _SHARDED:
         raise AdapterError(f"{kind} saves models itself, and a hook cannot leave the base out: use save_adapter")
+    if hasattr(accelerator, _MARK):
+        return
+    setattr(accelerator, _MARK, True)
 
     def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         for index, model in _wrapped(accelerator, models):
@@ -46,7 +50,10 @@ def save_adapters_only(accelerator: Any) -> None:
             folder, names = _place(input_dir, index), set(get_state(model).configs)
             saved = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
             if saved != names:
-                raise AdapterError(f"{folder} holds the adapters {sorted(saved)}, and the model has {sorted(names)}")
+                raise AdapterError(
+                    f"{folder} holds the adapters {sorted(saved)}, and the model has {sorted(names)}: give the model "
+                    "those of the saved state first, with wrap_model and add_adapter"
+                )
             for name in names:
                 load_adapter(model, folder / name, adapter_name=name)
             del models[index]

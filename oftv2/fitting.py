@@ -153,9 +153,9 @@ def with_scaled_weights(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     """With output scales made part of weights that belong to the adapter, wherever they fit those of ``model``."""
     state = find_state(model)
     originals = {} if state is None else state.originals
-    scaled = {}
+    scaled, modules = {}, dict(model.named_modules(remove_duplicate=False)) if adapter.output_scales else {}
     for layer, scale in adapter.output_scales.items():
-        module = dict(model.named_modules(remove_duplicate=False)).get(layer)
+        module = modules.get(layer)
         base = getattr(module, "base_layer", module)
         if base is not None and _can_be_scaled(base, scale):
             name = f"{layer}.weight"

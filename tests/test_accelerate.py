@@ -114,6 +114,7 @@ def with_two_adapters(model: nn.Module) -> nn.Module:
 def test_a_loop_resumes_from_its_adapters_only(make_base, tmp_path):
     straight = Loop(with_two_adapters(make_base()))
     save_adapters_only(straight.accelerator)
+    save_adapters_only(straight.accelerator)  # a second time changes nothing
     straight.run(0, 4)
     straight.accelerator.save_state(str(tmp_path / "state"))
     expected = straight.run(4, 8)
