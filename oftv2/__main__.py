@@ -56,7 +56,7 @@ oftv2.accelerate_peft. What cannot be reproduced exactly is left to PEFT, and a 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 for an error, 130 if it was stopped (a wrong usage exits with 2)."""
+    """Runs a command; returns the exit code: 0, 1 for an error or a closed pipe, 130 if it was stopped (a wrong usage exits with 2)."""
     options = _parser().parse_args(arguments)
     if options.command is _run:
         return _run(options)  # warnings and errors are the script's own
@@ -64,6 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             options.command(options)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads the output has had enough of it, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at the exit
+            return 1
         except (AdapterError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

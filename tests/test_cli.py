@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -77,3 +78,13 @@ def test_the_command_line_itself(tmp_path):
         assert done.returncode == code
         assert words in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_ends_it_without_a_word(tmp_path):
+    save_adapter(wrap_model(nn.Sequential(nn.Linear(64, 16))), tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as pipe:
+        command = [sys.executable, "-m", "oftv2", "inspect", str(tmp_path)]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
