@@ -56,7 +56,10 @@ oftv2.accelerate_peft. What cannot be reproduced exactly is left to PEFT, and a 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 for an error or a closed pipe, 130 if it was stopped (a wrong usage exits with 2)."""
+    """Runs a command; returns the exit code.
+
+    It is 0, 1 for an error or a closed pipe, 130 if it was stopped; a wrong usage exits with 2.
+    """
     options = _parser().parse_args(arguments)
     if options.command is _run:
         return _run(options)  # warnings and errors are the script's own
