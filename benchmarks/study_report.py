@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from study_plan import CORE, LORA, METHODS, OFT, SEEDS, TASKS, Method, Row, Run, best_lr, plan
+from study_plan import HEAD_TO_HEAD, LORA, METHODS, OFT, SEEDS, TASKS, Method, Row, Run, best_lr, plan
 from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
 
@@ -128,7 +128,7 @@ def sweep_table(results: Results) -> str:
     return markdown(["task", "method", "learning rate: loss"], lines)
 
 
-NF4_OFT, NF4_LORA = CORE[2], CORE[3]
+NF4_OFT, NF4_LORA = HEAD_TO_HEAD[2:]
 PAIRS = ((OFT, LORA), (NF4_OFT, NF4_LORA), (NF4_OFT, OFT), (NF4_LORA, LORA))
 
 

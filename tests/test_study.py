@@ -15,7 +15,22 @@ import study_results
 import study_tasks
 import torch
 from study_examples import Example, Prompts, accuracy, replies, train
-from study_plan import CORE, LEARNING_RATES, LORA, OFT, SEEDS, SIZES, TASKS, Method, Run, best_lr, compare, plan
+from study_plan import (
+    CORE,
+    HEAD_TO_HEAD,
+    LEARNING_RATES,
+    LORA,
+    MORE_SEEDS,
+    OFT,
+    SEEDS,
+    SIZES,
+    TASKS,
+    Method,
+    Run,
+    best_lr,
+    compare,
+    plan,
+)
 from study_report import study_tables
 from study_stats import at_equal_loss, interval, paired
 from study_tasks import CorpusError, Passages, load_task, score
@@ -51,6 +66,9 @@ def test_every_prefix_of_the_plan_treats_methods_alike() -> None:
             assert [run.lr for run in mine[:3]] == list(LEARNING_RATES[method.kind])
             assert [run.seed for run in mine] == [0, 0, 0, 1, 2]
             assert all(run.lr is None for run in mine[3:])
+    for task in TASKS:
+        seeds = {run.method: sorted({r.seed for r in runs if (r.task, r.method) == (task, run.method)}) for run in runs}
+        assert all(seeds[method] == [*SEEDS, *MORE_SEEDS] for method in HEAD_TO_HEAD)
     assert all(len(grid) == 3 and max(grid) == 4 * min(grid) for grid in LEARNING_RATES.values())
 
 
