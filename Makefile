@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The stamp is renewed when what is installed changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test lint bench gpu-check gpu-tune clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/finetune.py
@@ -19,6 +19,9 @@ bench: $(STAMP)
 # On a machine with a CUDA device, with the torch and triton of its own Python: nothing is set up.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+gpu-tune:
+	$(PYTHON) benchmarks/gpu_tune.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
