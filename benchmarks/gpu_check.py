@@ -1,12 +1,16 @@
 """Everything that wants a GPU, in one command: the kernel tests, then benchmarks, figures and goals side by side.
 
-    make gpu-check                               # or: python benchmarks/gpu_check.py
-    python benchmarks/gpu_check.py --quick       # one model's shapes, fewer rounds
-    python benchmarks/gpu_check.py --device cpu  # the same code on tiny shapes: checks this script, not the speed
+    make gpu-check                                        # or: python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py --quick                # one model's shapes, fewer rounds
+    python benchmarks/gpu_check.py --only 'kernels|steps' # some suites; `tests` is one
+    python benchmarks/gpu_check.py --device cpu           # tiny shapes: checks this script, not the speed
 
 It needs torch and triton, nothing else, and no installation: the package is taken from this checkout. Parts that
 compare with bitsandbytes or PEFT run where those are importable, and are reported as missing where not. Results are
 checked against float64 before anything is timed. One table is printed, and written to results/gpu-<device>.csv, .json.
+
+On a GPU each suite has a process of its own: one that fails, crashes or hangs costs no other's figures. Rows are
+printed and written as they come, and what `--minutes` leave no time for is listed as not run.
 """
 
 from __future__ import annotations
@@ -16,51 +20,79 @@ import csv
 import importlib.util
 import json
 import os
-import subprocess
+import re
 import sys
 import time
 from pathlib import Path
 
+import gpu_measure
+import torch
 from checkout import ROOT, package_folder
 
+import measure
+
 RESULTS = ROOT / "benchmarks" / "results"
+SUITES = (
+    "tests",
+    *(f"gpu_kernels:{name}" for name in ("determinism", "kernels", "nf4_kernels")),
+    *(f"gpu_layers:{name}" for name in ("launches", "saved", "decoder", "decoder_nf4", "decoding", "decoding_nf4")),
+    *(f"gpu_models:{name}" for name in ("steps", "steps_nf4")),
+)
+# What a suite may take, and the tests: several times what they should.
+_SECONDS, _TEST_SECONDS = 240, 420
 
 
 def test_files() -> list[str]:
-    """The kernel tests; those on 4-bit weights want bitsandbytes to compare with."""
+    """The kernel tests; those of layers on 4-bit weights want bitsandbytes."""
     names = sorted(path.name for path in (ROOT / "tests").glob("test_kernels*.py"))
-    names.append("test_quant_forms.py")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        names = [name for name in names if name not in ("test_kernels_nf4.py", "test_quant_forms.py")]
+    names += ["test_quant_forms.py"] if importlib.util.find_spec("bitsandbytes") else []
     return [str(ROOT / "tests" / name) for name in names]
 
 
-def run_tests(folder: str) -> dict[str, object]:
-    """The tests marked ``gpu``: a row of the table."""
+def run_tests(folder: str, log: Path, seconds: float) -> dict[str, object]:
+    """The tests marked ``gpu``: a row of the table. What they print goes to ``log`` as it comes."""
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing:
         return {"what": "tests on the device", "goal": "pass", "figure": f"missing: {', '.join(missing)}", "met": None}
     # The package comes from `folder`: not from the working directory, and with the options of pyproject.toml that want
-    # plugins left out.
-    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "addopts="]
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *test_files()],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": folder},
-        check=False,
-    )
-    if finished.returncode:
-        print(finished.stdout[-6000:], finished.stderr[-2000:], sep="\n")
-    lines = finished.stdout.strip().splitlines() or ["nothing was printed"]
-    without = "" if importlib.util.find_spec("bitsandbytes") else ", without those on 4-bit weights: no bitsandbytes"
+    # plugins left out. A kernel that goes wrong takes all that follows in its process with it, so not many may fail.
+    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "addopts=", "--maxfail=25"]
+    if importlib.util.find_spec("xdist"):  # compiling takes most of the time
+        options += ["-n", str(min(12, max(1, len(os.sched_getaffinity(0)) - 2)))]
+    command = [sys.executable, "-m", "pytest", *options, *test_files()]
+    # Blocking launches: an error belongs to the test that made it.
+    environment = {**os.environ, "PYTHONPATH": folder, "CUDA_LAUNCH_BLOCKING": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        code = measure.run_limited(command, seconds, stdout=file, stderr=file, cwd=folder, env=environment)
+    text = log.read_text()
+    if code:
+        print(text[-6000:])
+    last = (text.strip().splitlines() or ["nothing was printed"])[-1].strip("= ")
+    end = f"stopped after {seconds:.0f} s at {last}" if code is None else last
+    without = "" if importlib.util.find_spec("bitsandbytes") else ", without those of 4-bit layers: no bitsandbytes"
     return {
-        "what": f"tests on the device: {lines[-1].strip('= ')}{without}",
+        "what": f"tests on the device: {end}{without}",
         "goal": "pass",
-        "figure": "pass" if finished.returncode == 0 else "FAIL",
-        "met": finished.returncode == 0,
+        "figure": "pass" if code == 0 else "FAIL",
+        "met": code == 0,
     }
+
+
+def run_suite(suite: str, seconds: float, *, device: str, quick: bool, isolated: bool) -> list[dict[str, object]]:
+    """The rows of one suite; one that says what went wrong where it fails."""
+    name = suite.partition(":")[2]
+    arguments = {"suite": suite, "device": device, "quick": quick}
+    try:
+        if not isolated:
+            return gpu_measure.run_suite(**arguments)
+        return measure.in_fresh_process("gpu_measure:run_suite", seconds=seconds, **arguments)
+    except measure.MissingError as missing:
+        return [gpu_measure.row(f"{name}: {missing}", "", "missing")]
+    except (Exception, SystemExit) as error:  # whatever happens to one suite, the others' figures are wanted
+        print(error, file=sys.stderr, flush=True)
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return [gpu_measure.row(f"{name}: {last}", "runs", "FAIL", False)]
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -73,53 +105,56 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:]])
 
 
+def write(out: Path, about: dict[str, object], rows: list[dict[str, object]]) -> None:
+    """The table as far as it is there, as ``<out>.csv`` and ``<out>.json``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+    with open(f"{out}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one model's shapes, fewer rounds")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--only", default="", metavar="PATTERN", help="suites whose names match a regular expression")
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--minutes", type=float, default=9.5, help="start nothing after so long (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write <out>.csv and <out>.json instead of results/gpu-<device>.*")
     args = parser.parse_args()
-    import torch
-
+    start = time.perf_counter()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --device cpu runs the script on tiny shapes, to check the script")
     folder = package_folder()
     sys.path.insert(0, folder)
-    import gpu_kernels
-    import gpu_layers
-    import gpu_measure
-    import gpu_models
-
-    import measure
-
-    rows = [] if args.skip_tests else [run_tests(folder)]
-    settings = gpu_measure.Settings(torch.device(args.device), quick=args.quick)
-    suites = [
-        *(gpu_kernels.determinism, gpu_kernels.kernels, gpu_kernels.nf4_kernels),
-        *(gpu_layers.decoder, gpu_layers.decoder_nf4, gpu_layers.decoding, gpu_layers.decoding_nf4),
-        *(gpu_layers.saved, gpu_layers.launches, gpu_models.steps, gpu_models.steps_nf4),
-    ]
-    for suite in suites:
-        start = time.perf_counter()
-        try:
-            found = suite(settings)
-        except measure.MissingError as missing:
-            found = [gpu_measure.row(f"{suite.__name__}: {missing}", "", "missing")]
+    os.environ["PYTHONPATH"] = folder  # for the suites' own processes
+    on_gpu = args.device == "cuda"
+    about = gpu_measure.about(gpu_measure.Settings(torch.device(args.device), quick=args.quick))
+    out = args.out or RESULTS / f"gpu-{str(about['device']).replace(' ', '-').lower()}"
+    rows: list[dict[str, object]] = []
+    for suite in SUITES:
+        if not re.search(args.only, suite) or (suite == "tests" and args.skip_tests):
+            continue
+        before = time.perf_counter()
+        left = 60 * args.minutes - (before - start)
+        if left < 10:
+            found = [gpu_measure.row(f"{suite}: no time was left of --minutes {args.minutes:g}", "", "not run")]
+        elif suite == "tests":
+            found = [run_tests(folder, Path(f"{out}-tests.txt"), min(left, _TEST_SECONDS))]
+        else:
+            limits = {"device": args.device, "quick": args.quick, "isolated": on_gpu}
+            found = run_suite(suite, min(left, _SECONDS), **limits)
         rows += found
-        print(f"{suite.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    about = gpu_measure.about(settings)
+        print(f"{suite}: {time.perf_counter() - before:.0f} s", file=sys.stderr, flush=True)
+        if on_gpu:
+            print(table(found), flush=True)
+        if on_gpu or args.out:
+            write(out, about, rows)
     print(json.dumps(about), table(rows), sep="\n")
-    if not settings.real:
+    if not on_gpu:
         print("tiny shapes on a CPU: the figures mean nothing")
-    if args.device == "cuda" or args.out:
-        out = args.out or RESULTS / f"gpu-{str(about['device']).replace(' ', '-').lower()}"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
-        with open(out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
     if any(r["figure"] == "FAIL" for r in rows):
         raise SystemExit(1)
 

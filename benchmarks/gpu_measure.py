@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from dataclasses import dataclass
 
@@ -44,6 +45,15 @@ class Settings:
         return torch.bfloat16
 
 
+def run_suite(suite: str, device: str, quick: bool) -> list[dict[str, object]]:
+    """The rows of a suite, ``module:function``."""
+    module, _, function = suite.partition(":")
+    rows: list[dict[str, object]] = getattr(importlib.import_module(module), function)(
+        Settings(torch.device(device), quick=quick)
+    )
+    return rows
+
+
 def row(what: str, goal: str, figure: float | str, met: bool | None = None) -> dict[str, object]:
     """A row of the table; numbers get three digits."""
     return {"what": what, "goal": goal, "figure": f"{figure:.3f}" if isinstance(figure, float) else figure, "met": met}
@@ -69,7 +79,7 @@ def random(settings: Settings, *shape: int) -> Tensor:
 
 
 def close(name: str, actual: Tensor, expected: Tensor, relative: float = 1e-2) -> None:
-    """Stops everything where a result is wrong: nothing wrong is timed."""
+    """Ends the suite where a result is wrong: nothing wrong is timed."""
     error = torch.linalg.norm(actual.double() - expected) / torch.linalg.norm(expected)
     if not error < relative:
         raise SystemExit(f"{name}: wrong result, relative error {error:.1e}; nothing was timed")

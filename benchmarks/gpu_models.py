@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,19 +46,25 @@ def _steps(settings: Settings, name: str, own: str, goals: dict[str, float | Non
         for model in found.values():
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-        times = medians(settings, {method: step(model, ids) for method, model in found.items()}, few=True)
-        memory = {method: _peak_gib(settings, step(model, ids)) for method, model in found.items()}
+        runs = {method: step(model, ids) for method, model in found.items()}
+        peaks = {method: _peak_gib(settings, run) for method, run in runs.items()}
+        fitting = {method: run for method, run in runs.items() if peaks[method] < math.inf}
+        retries = _retries(settings)
+        times = medians(settings, fitting, few=True)
         how = f"{name}, {'NF4' if nf4 else 'bf16'}, {batch} x {length}{', checkpointing' * checkpointing}"
-        rows.append(row(f"step of {how}: {frozen}", "", f"{1e3 * times[frozen]:.0f} ms"))
+        taken = f"{1e3 * times[frozen]:.0f} ms" if frozen in times else "out of memory"
+        rows.append(row(f"step of {how}: {frozen}", "", taken))
         for method, goal in goals.items():
             what = f"step of {how}: {own} over {method}"
-            if goal is not None and method in times:
+            if goal is not None and method in times and own in times:
                 rows.append(at_most(what, goal, times[own] / times[method]))
             elif goal is not None:
-                rows.append(row(what, f"<= {goal:g}", "missing: peft"))
-        if lora in memory and settings.real:
-            what = f"peak memory of {how}: {own} {memory[own]:.1f} GiB over {lora}'s {memory[lora]:.1f}"
-            rows.append(at_most(what, 1.0, memory[own] / memory[lora]))
+                rows.append(row(what, f"<= {goal:g}", "out of memory" if method in found else "missing: peft"))
+        if settings.real and {own, lora} <= set(times):
+            what = f"peak memory of {how}: {own} {peaks[own]:.1f} GiB over {lora}'s {peaks[lora]:.1f}"
+            rows.append(at_most(what, 1.0, peaks[own] / peaks[lora]))
+        if again := _retries(settings) - retries:
+            rows.append(row(f"step of {how}: times the allocator ran full, which the steps include", "", str(again)))
     return rows
 
 
@@ -73,9 +80,19 @@ def step(model: nn.Module, ids: Tensor) -> Callable[[int], None]:
 
 
 def _peak_gib(settings: Settings, run: Callable[[int], None]) -> float:
+    """Of one step; infinite where it does not fit."""
     if not settings.real:
         return 0.0
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    run(0)
+    try:
+        run(0)
+    except torch.OutOfMemoryError:
+        return math.inf
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _retries(settings: Settings) -> int:
+    """How often memory ran out so far and was had by freeing what the allocator held back."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if settings.real else 0

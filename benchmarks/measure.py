@@ -12,9 +12,11 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -190,20 +192,37 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def in_fresh_process(function: str, **arguments: Any) -> Any:
+def run_limited(command: list[str], seconds: float | None, **options: Any) -> int | None:
+    """The exit status of a command; None where it took longer than ``seconds`` and was killed with all it started."""
+    process = subprocess.Popen(command, preexec_fn=os.setpgrp, **options)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def in_fresh_process(function: str, *, seconds: float | None = None, **arguments: Any) -> Any:
     """What ``module:function`` of this folder returns, called in a process of its own.
 
     Raises:
         MissingError: it raised one.
-        RuntimeError: it failed otherwise; with the end of what it wrote to stderr.
+        RuntimeError: it failed otherwise, or took longer than ``seconds``; with the end of what it wrote to stderr.
     """
     # Freed memory goes back to the system there, as it does for a user.
     environment = {key: value for key, value in os.environ.items() if key not in MALLOC}
     command = [sys.executable, str(FOLDER / "measure.py"), function, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{function}({arguments}) failed:\n{done.stderr[-3000:]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        code = run_limited(command, seconds, stdout=stdout, stderr=stderr, env=environment)
+        written = [file.seek(0) or file.read() for file in (stdout, stderr)]
+    if code is None:
+        raise RuntimeError(f"{written[1][-3000:]}\n{function}({arguments}) took more than {seconds:.0f} s")
+    if code:
+        raise RuntimeError(f"{function}({arguments}) failed:\n{written[1][-3000:]}")
+    answer = json.loads(written[0].splitlines()[-1])
     if "missing" in answer:
         raise MissingError(answer["missing"])
     return answer["result"]
@@ -230,12 +249,19 @@ def versions() -> Row:
     return found
 
 
+def _output(command: list[str]) -> str:
+    """What a program prints, in this folder; nothing where it fails, or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=FOLDER, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
 def commit() -> str:
     """The checkout's commit, with ``-dirty`` after it where files other than results differ from it."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=FOLDER, check=False)
-        return done.stdout.strip()
+        return _output(["git", *arguments])
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":(top,exclude)*README.md")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
@@ -246,8 +272,7 @@ def environment(device: torch.device) -> Row:
     on_gpu = device.type == "cuda"
     found = {"device": torch.cuda.get_device_name(device) if on_gpu else cpu_name()}
     if on_gpu:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return {**found, "threads": torch.get_num_threads(), **versions(), "commit": commit()}
 
 

@@ -94,7 +94,12 @@ def _backward_part(
         whole = part if WIDTH == TILE else load_rows(grad, row, column, inside, T, stride, EVEN)  # [BLOCK_T, TILE]
         grad_x += tl.dot(whole, delta, input_precision="tf32x3")
     if WITH_DELTA:
-        return grad_x, tl.dot(tl.trans(x_tile), part, input_precision="tf32x3")
+        # Hopper multiplies tiles of 64 and more asynchronously where the sum stays in the product, and Triton loads
+        # later tokens into the place of `part`, which is used twice, before the product is sure to have read it. With
+        # this limit, which means nothing in 16 bit, the sum is added by itself, after a wait.
+        apart: tl.constexpr = 1 if TILE >= 64 else None
+        added = tl.dot(tl.trans(x_tile), part, input_precision="tf32x3", max_num_imprecise_acc=apart)
+        return grad_x, added
     else:
         return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
 

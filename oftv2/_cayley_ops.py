@@ -93,7 +93,8 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
 @default("cayley")
 def _cayley(generators: Tensor, block_size: int) -> Tensor:
     Q = _skew(generators, block_size)  # Δ = (I + Q)(I − Q)⁻¹ − I = 2 Q (I − Q)⁻¹
-    return torch.linalg.solve(add_identity(-Q), 2 * Q, left=False)
+    # I − Q is never singular; solve would look whether it is, and wait for the device.
+    return torch.linalg.solve_ex(add_identity(-Q), 2 * Q, left=False).result
 
 
 @default("cayley_backward")

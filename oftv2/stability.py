@@ -51,6 +51,8 @@ def _warn_of_divergence(rotation: Rotation, generators: Tensor, layer: str) -> b
     """
     if rotation.parametrization == "cayley" or generators.is_meta:
         return False
+    if generators.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # nothing can be read while a CUDA graph is captured
     packed = rotation.effective(generators)
     if torch.linalg.vector_norm(packed, dim=1).amax() <= _WARN_NORM:
         return False

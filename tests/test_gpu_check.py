@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,66 @@ def test_every_suite_runs_and_is_written_down(tmp_path):
     # What only a CUDA device can tell is reported, not left out.
     missing = [row for row in written["rows"] if row["figure"] == "missing"]
     assert [row["what"].split(":")[0] for row in missing] == ["nf4_kernels", "launches"]
+
+
+SUITES = """
+import os, sys, time
+from measure import MissingError
+
+def figures(settings): return [{"what": str(settings.device), "goal": "", "figure": "1", "met": None}]
+def missing(settings): raise MissingError("no such package")
+def wrong(settings): raise SystemExit("rotate: wrong result")
+def crashes(settings): os.abort()
+def hangs(settings):
+    if os.fork() == 0: time.sleep(600)
+    print("so far", file=sys.stderr, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_suite_that_goes_wrong_costs_no_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu_check
+
+    (tmp_path / "trials.py").write_text(SUITES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = {
+        name: gpu_check.run_suite(f"trials:{name}", 15, device="cpu", quick=True, isolated=True)
+        for name in ("figures", "missing", "wrong", "crashes")
+    }
+    assert found["figures"] == [{"what": "cpu", "goal": "", "figure": "1", "met": None}]
+    assert [(row["what"], row["figure"]) for row in found["missing"]] == [("missing: no such package", "missing")]
+    assert [(row["what"], row["figure"]) for row in found["wrong"]] == [("wrong: rotate: wrong result", "FAIL")]
+    assert [row["figure"] for row in found["crashes"]] == ["FAIL"]
+    before = time.perf_counter()
+    (row,) = gpu_check.run_suite("trials:hangs", 5, device="cpu", quick=True, isolated=True)
+    assert time.perf_counter() - before < 15
+    assert row["what"].endswith("took more than 5 s")
+    assert row["figure"] == "FAIL"
+
+
+def test_the_tests_are_cut_off_and_what_they_printed_is_kept(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import gpu_check
+
+    hanging = tmp_path / "test_hanging.py"
+    hanging.write_text(
+        "import time, pytest\n"
+        "@pytest.mark.gpu\n@pytest.mark.parametrize('i', [0, 1])\ndef test(i): time.sleep(60 * i)\n"
+    )
+    monkeypatch.setattr(gpu_check, "test_files", lambda: [str(hanging)])
+    row = gpu_check.run_tests(str(tmp_path), tmp_path / "log", 8)
+    assert row["figure"] == "FAIL"
+    assert "stopped after 8 s" in row["what"]
+    assert "PASSED" in (tmp_path / "log").read_text()
+
+
+def test_no_suite_starts_when_the_time_is_up(tmp_path):
+    finished = run("--device", "cpu", "--minutes", "0", "--out", tmp_path / "out", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {row["figure"] for row in rows} == {"not run"}
+    assert len(rows) == 12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -153,6 +153,30 @@ def test_bad_kernels_are_found(tmp_path):
     assert run_tool("--cases", cases, "--targets", 90).returncode == 0, "without --check it only reports"
 
 
+def test_no_product_reads_what_is_overwritten():
+    """In the gradient of wide blocks on Hopper, a tile of tokens is read by two products, and Triton's pipeline does
+    not wait for the asynchronous one before it loads others into its place: every product is to be waited for."""
+    program = """
+import re, kernel_cases, kernel_resources
+names = [f"rotate backward bf16 b={b}" for b in (64, 128, 256)] + ["rotate backward bf16 b=64 group=3"]
+for case in kernel_cases.CASES:
+    if case.name in names:
+        (_, kernel), = kernel_resources.compile_launches(case.launch, 90)
+        waits = re.findall(r"wgmma.wait_group.sync.aligned ([0-9]+)", kernel.asm["ptx"])
+        assert waits and set(waits) == {"0"}, (case.name, waits)
+        names.remove(case.name)
+assert not names
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": str(TOOL.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_launchers_see_what_they_would_on_the_target():
     """Its multiprocessors; and from tensors without memory comes the same kernel as from ordinary ones."""
     program = """

@@ -1,44 +1,45 @@
-"""The Triton kernels on 4-bit weights, against bitsandbytes and float64 references: in the interpreter, or on CUDA."""
+"""The Triton kernels on 4-bit weights, against plain torch and float64: in the interpreter, or on a CUDA device.
+
+Plain torch dequantizes as bitsandbytes does, which ``test_quant_forms.py`` shows; nothing here needs it.
+"""
 
 from __future__ import annotations
 
-import copy
-
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from conftest import assert_close
 from oftv2 import reference
+from oftv2._quant_ops import Weight4bit, dequantize_4bit
 
 # What rounding alone costs, with room for the order of summation; Δ is rounded to 16 bit as well.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 NESTED = pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
-KINDS = pytest.mark.parametrize("kind", ["nf4", "fp4"])
 pytestmark = pytest.mark.timeout(300)
 
 
 class Weight:
-    """A random weight as bitsandbytes packs it, and the arguments that the launchers take for it."""
+    """A random weight as bitsandbytes packs it, with any 16 values, and the arguments that launchers take for it."""
 
-    def __init__(self, device, n, d, *, kind="nf4", blocksize=64, nested=False):
-        plain = torch.randn(n, d, device=device) * 0.05
-        self.packed, self.state = bnb.quantize_4bit(
-            plain, blocksize=blocksize, compress_statistics=nested, quant_type=kind
-        )
-        self.storage = (self.packed, self.state.absmax, self.state.code)
+    def __init__(self, device, n, d, *, blocksize=64, nested=False):
+        groups = -(-n * d // blocksize)
+        self.packed = torch.randint(256, (n * d // 2, 1), device=device).byte()
+        code, absmax = torch.randn(16, device=device), torch.rand(groups, device=device) * 0.1
         self.layout = ((n, d), blocksize)
         self.nested = None
         if nested:
-            more = self.state.state2
-            self.nested = (more.code, more.absmax, self.state.offset, more.blocksize)
+            absmax = torch.randint(256, (groups,), device=device).byte()
+            levels, scales = torch.rand(256, device=device) - 0.5, torch.rand(-(-groups // 256), device=device) * 0.1
+            self.nested = (levels, scales, torch.tensor(0.05, device=device), 256)
+        self.storage = (self.packed, absmax, code)
 
     def dequantized(self, dtype):
-        """By bitsandbytes, as a single row: its CPU kernel is wrong where blocks reach over the end of a row."""
-        state = copy.copy(self.state)
-        state.dtype, state.shape = dtype, torch.Size((1, self.layout[0][0] * self.layout[0][1]))
-        return bnb.dequantize_4bit(self.packed, state).view(self.layout[0])
+        """By plain torch."""
+        shape, blocksize = self.layout
+        *nested, blocksize2 = self.nested or (0,)
+        storage = self.packed, *self.storage[1:]
+        return dequantize_4bit(Weight4bit(*storage, nested, list(shape), blocksize, blocksize2), dtype)
 
     def rotated(self, delta, dtype):
         from oftv2.kernels.nf4 import dequantize_rotate
@@ -62,14 +63,13 @@ def plus_identity(delta):
 class TestDequantize:
     @DTYPES
     @NESTED
-    @KINDS
     @pytest.mark.parametrize(
         ("n", "d", "blocksize"),
         [(5, 256, 64), (3, 640, 128), (2, 512, 512), (7, 96, 64), (6, 33, 64), (30, 200, 4096), (1, 2, 64)],
         ids=str,
     )
-    def test_equals_bitsandbytes(self, kernel_device, n, d, blocksize, kind, nested, dtype):
-        weight = Weight(kernel_device, n, d, kind=kind, blocksize=blocksize, nested=nested)
+    def test_equals_plain_torch(self, kernel_device, n, d, blocksize, nested, dtype):
+        weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
         actual = weight.rotated(None, dtype)
         assert actual.dtype == dtype
         assert torch.equal(actual, weight.dequantized(dtype))
@@ -115,11 +115,11 @@ class TestDequantizeRotate:
             with pytest.raises(ValueError, match="float32 in blocks of 256"):
                 Weight(kernel_device, n, d).rotated(deltas(kernel_device, d, b), dtype)
             return
-        for kind, nested in (("nf4", False), ("fp4", True)):
-            weight = Weight(kernel_device, n, d, kind=kind, blocksize=blocksize, nested=nested)
+        for nested in (False, True):
+            weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
             delta = deltas(kernel_device, d, b)
             expected = reference.merge_weight(weight.dequantized(dtype).double(), plus_identity(delta))
-            assert_close(f"{kind} W′", weight.rotated(delta, dtype), expected, ROUNDING[dtype])
+            assert_close("W′", weight.rotated(delta, dtype), expected, ROUNDING[dtype])
             zero = torch.zeros_like(delta)
             assert torch.equal(weight.rotated(zero, dtype), weight.dequantized(dtype))
 
@@ -151,17 +151,17 @@ class TestMatmul:
     @DTYPES
     @pytest.mark.parametrize("T", [0, 1, 2, 16, 17])
     @pytest.mark.parametrize(
-        ("n", "d", "b", "blocksize", "kind", "nested"),
+        ("n", "d", "b", "blocksize", "nested"),
         [
-            (20, 640, 32, 64, "nf4", True),
-            (17, 1024, 64, 128, "fp4", False),
-            (33, 96, 12, 64, "fp4", True),
-            (6, 66, 2, 4096, "nf4", False),
+            (20, 640, 32, 64, True),
+            (17, 1024, 64, 128, False),
+            (33, 96, 12, 64, True),
+            (6, 66, 2, 4096, False),
         ],
         ids=str,
     )
-    def test_value(self, kernel_device, n, d, b, blocksize, kind, nested, T, dtype):
-        weight = Weight(kernel_device, n, d, kind=kind, blocksize=blocksize, nested=nested)
+    def test_value(self, kernel_device, n, d, b, blocksize, nested, T, dtype):
+        weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
         W = weight.dequantized(dtype).double()
         x = torch.randn(T, d, device=kernel_device).to(dtype)
         delta = deltas(kernel_device, d, b)

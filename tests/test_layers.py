@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_close, randomize
 from oftv2 import OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, StabilityWarning, diagnostics, reference
 from oftv2.base import OFTLayer
+from oftv2.stability import DivergenceCheck
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Rounding x̂ to 16 bit, and then the product of the base layer.
@@ -173,6 +176,15 @@ class TestLinear:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             layer(torch.randn(2, 64))
+
+    def test_nothing_is_read_while_a_cuda_graph_is_captured(self, monkeypatch):
+        rotation = OFTLinear(nn.Linear(64, 8), OFTConfig(block_size=8)).rotation
+        with FakeTensorMode():  # of which no value can be read
+            generators = torch.empty(rotation.shape, device="cuda")
+            for capturing in (False, True):
+                monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+                with contextlib.nullcontext() if capturing else pytest.raises(DataDependentOutputException):
+                    DivergenceCheck()([(rotation, generators)], "proj")
 
     def test_exact_cayley_neither_warns_nor_diverges(self, recwarn):
         layer = OFTLinear(nn.Linear(64, 8), OFTConfig(block_size=8, parametrization="cayley"))
