@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .sharding import is_sharded
 from .state import AdapterState, find_state, get_state, plain_parameter, trained_parameters
 
 PREFIX = "_oftv2."
@@ -34,7 +35,7 @@ def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
     if set(adapter_names) == set(state.sequence):
         return
     exchanged = {name for adapter in {*adapter_names, *state.sequence} for name in state.trained[adapter]}
-    sharded = [name for name in sorted(exchanged) if hasattr(plain_parameter(model, name), "full_tensor")]
+    sharded = [name for name in sorted(exchanged) if is_sharded(plain_parameter(model, name))]
     if sharded:
         raise AdapterError(
             f"{sharded[0]} is sharded (FSDP), so another adapter's values cannot take its place: call set_adapter "
