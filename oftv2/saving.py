@@ -30,7 +30,7 @@ from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, listed, refuse
 from .model_card import write_card
 from .peft_format import peft_layout
-from .sharding import is_sharded, is_writer, unsharded
+from .sharding import is_sharded, is_writer, unsharded, whole_generators
 from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
 from .trained import base_values
 
@@ -95,12 +95,7 @@ def _content(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any] | None]:
     """An adapter's tensors, its description, and PEFT's description where its layout can hold the adapter."""
     trained = trained_parameters(model, name)
-    tensors = {PREFIX + path + GENERATORS: layer.generators[name] for path, layer in layers.items()}
-    parts = [path for path, layer in layers.items() if layer.generators[name].shape != layer.rotations[name].shape]
-    if parts:
-        raise AdapterError(
-            f"not saved: sharded are {listed(parts)}; under FSDP1 save within FSDP.summon_full_params(model)"
-        )
+    tensors = {PREFIX + path + GENERATORS: whole_generators(layer, name) for path, layer in layers.items()}
     tensors |= {PREFIX + path: parameter for path, parameter in trained.items()}
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:

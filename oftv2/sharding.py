@@ -39,6 +39,17 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor()
 
 
+def whole_generators(layer: Any, adapter_name: str) -> Tensor:
+    """An adapted layer's generators as :func:`whole` gives them; AdapterError where FSDP1 left only a part."""
+    generators = whole(layer.generators[adapter_name])
+    if generators.shape != layer.rotations[adapter_name].shape:
+        raise AdapterError(
+            f"{layer.name}: this process has a part of the generators (FSDP1): call this on the model inside, within "
+            "FSDP.summon_full_params(model), or use FSDP2"
+        )
+    return generators
+
+
 @contextmanager
 def unsharded(
     model: nn.Module, parameters: Iterable[Tensor], values: Mapping[str, Tensor] | None = None
@@ -97,7 +108,7 @@ def check_unsharded(model: nn.Module, instead: str) -> None:
     """Raises AdapterError, with what to do instead, where FSDP spreads the model over processes."""
     for path, module in model.named_modules():
         if is_fsdp(module):
-            raise AdapterError(f"{plain_path(path) or type(module).__name__} is sharded (FSDP): {instead}")
+            raise AdapterError(f"{plain_path(path) or class_name(model)} is sharded (FSDP): {instead}")
 
 
 def class_name(model: nn.Module) -> str:
