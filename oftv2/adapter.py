@@ -17,6 +17,7 @@ from .errors import AdapterError, RequantizationWarning
 from .merged_before import note_merged
 from .pretrained import forget_quantization
 from .quant import QuantOFTLinear, find_backend
+from .sharding import check_unsharded
 from .state import find_state, get_state, oft_layers
 from .trained import base_values
 from .wrap import uninstall
@@ -157,6 +158,7 @@ def _merge_ready(
 ) -> tuple[tuple[str, ...], dict[str, OFTLayer]]:
     """The adapters to merge and the layers that have any of them; AdapterError where something is in the way."""
     known = model.sequence if isinstance(model, OFTLayer) else get_state(model).sequence
+    check_unsharded(model, "call save_adapter in every process, load that into a model in one process, and merge there")
     _require_merged(model, False, "call unmerge first")
     check_not_by_row(model)
     names = check_sequence(model, known if adapter_names is None else adapter_names)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .quant import find_backend
+from .sharding import class_name, unsharded
 
 _MAX_LAYERS = 8
 _ROWS = 8
@@ -29,7 +30,7 @@ def describe_base(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, A
     names = list(layers)[:: max(1, -(-len(layers) // _MAX_LAYERS))]
     sketches = {name: sketch(layers[name]) for name in names}
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
         "sketches": {name: values for name, values in sketches.items() if values is not None},
     }
@@ -69,10 +70,11 @@ def compare_sketches(saved: dict[str, Any], ours_of: Callable[[str], dict[str, A
 def sketch(module: Any) -> dict[str, Any] | None:
     """A few weighted sums of the weight, which survive rounding and quantization; None where it cannot be read."""
     backend = find_backend(module)
-    if backend is None:
-        weight: Tensor | None = getattr(module, "weight", None)
-    else:
-        weight = None if backend.dequantize is None else backend.dequantize(module)
+    with unsharded(module, module.parameters()):
+        if backend is None:
+            weight: Tensor | None = getattr(module, "weight", None)
+        else:
+            weight = None if backend.dequantize is None else backend.dequantize(module)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:
         return None
     return sketch_weight(weight, quantized=backend is not None)

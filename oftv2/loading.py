@@ -28,6 +28,7 @@ from .gradient_check import check_gradients
 from .merged_before import config_of, merged_before
 from .optimizer_check import watch_optimizers
 from .reading import read_adapter
+from .sharding import check_unsharded
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
 from .trained import base_values
@@ -82,6 +83,7 @@ def load_adapter(
             f"set_adapter(model, {adapter_name!r})"
         )
     if state is not None and adapter_name in state.configs:
+        check_unsharded(model, "load adapters before")
         problems = compare_wrapped(model, adapter, adapter_name) + check_trained(model, adapter, adapter_name)
         _check_fit(model, adapter, folder, problems, check_base)
         if trainable:
@@ -138,6 +140,7 @@ def hotswap_adapter(
             has another block size or other settings there. Nothing is changed then.
     """
     check_known(model, [adapter_name])
+    check_unsharded(model, "load adapters before")
     adapter = _read_for(model, folder, as_trained, adapter_name)
     problems = compare_wrapped(model, adapter, adapter_name, subset=True)
     problems += check_trained(model, adapter, adapter_name, subset=True)

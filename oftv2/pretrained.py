@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import safetensors.torch
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from .adapter_file import write_atomically
 from .errors import AdapterError
+from .fsdp_checkpoints import serve_accelerate
 from .hub import push_adapters, serve_trainer, upload_adapters
 from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
 from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
+from .sharding import is_sharded, is_writer, plain_path, unsharded, whole
 from .state import adapter_parameters, get_state, plain_name
 from .trained import aside_by_key
 
@@ -47,7 +50,8 @@ class WrappedPreTrainedModel:
         """Writes the active adapter as :func:`oftv2.save_adapter` does, and all of them for ``Trainer`` to resume from.
 
         Every other adapter goes into a subfolder of its name, as in PEFT; of several active ones, the first does not.
-        ``selected_adapters`` are those to write so and to upload, where it is not to be all of them.
+        ``selected_adapters`` are those to write so and to upload, where it is not to be all of them. Of a model that
+        FSDP2 shards, every process has to call this, or the first one with the gathered ``state_dict``.
 
         Raises:
             AdapterError: see :func:`oftv2.save_adapter`; unknown names.
@@ -55,16 +59,18 @@ class WrappedPreTrainedModel:
         from .saving import places, save_adapters  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
-        if not is_main_process:
+        sharded = any(is_sharded(parameter) for parameter in self.parameters())
+        gathers = sharded and state_dict is None
+        if not (is_main_process or gathers) or (sharded and state_dict == {}):  # gathered for the first process alone
             return
         serve_trainer()  # by the time that a Trainer calls this, it is imported
-        folder = save_adapters(self, save_directory, selected_adapters)
+        with unsharded(self, self.parameters(), state_dict) if state_dict else nullcontext():
+            folder = save_adapters(self, save_directory, selected_adapters)
         names = set(trained_keys(self))
-        tensors = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in (state_dict or self.state_dict()).items()
-            if name in names
-        }
+        tensors = {name: whole(tensor) for name, tensor in (state_dict or self.state_dict()).items() if name in names}
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        if gathers and not is_writer():
+            return
         write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         if push_to_hub:
             written = list(places(self, selected_adapters).values())
@@ -199,7 +205,7 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
 def trained_keys(model: nn.Module) -> list[str]:
     """The state dictionary's keys of all adapters' generators, and of the base parameters that they train in full."""
     trained = get_state(model).originals
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)]
     names = [name for name in names if ".generators." in name or plain_name(name) in trained]
     return [*names, *aside_by_key(model)]
 
@@ -211,6 +217,7 @@ def present(model: nn.Module) -> None:
         model.__class__ = _wrapped_class(type(model))
         watch(model)
         serve_trl()
+        serve_accelerate()
         tags: Any = getattr(model, "model_tags", None)
         vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .sharding import is_sharded
 from .state import AdapterState, find_state, get_state, plain_parameter, trained_parameters
 
 PREFIX = "_oftv2."
@@ -34,7 +35,7 @@ def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
     if set(adapter_names) == set(state.sequence):
         return
     exchanged = {name for adapter in {*adapter_names, *state.sequence} for name in state.trained[adapter]}
-    sharded = [name for name in sorted(exchanged) if hasattr(plain_parameter(model, name), "full_tensor")]
+    sharded = [name for name in sorted(exchanged) if is_sharded(plain_parameter(model, name))]
     if sharded:
         raise AdapterError(
             f"{sharded[0]} is sharded (FSDP), so another adapter's values cannot take its place: call set_adapter "
@@ -87,14 +88,30 @@ def _place(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def base_values(model: nn.Module) -> Iterator[None]:
-    """Within the context, the base parameters that active adapters train in full have the base model's values."""
+def base_values(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Within the context, the base parameters that active adapters train in full have the base model's values.
+
+    Args:
+        model (nn.Module): a wrapped model, or one that is not, of which nothing changes.
+        values (Mapping[str, torch.Tensor] | None): other values for them, by name.
+
+    Raises:
+        AdapterError: FSDP has put a part of one of them in its place.
+    """
     state = find_state(model) or AdapterState({}, ())
+    values = state.originals if values is None else values
     parameters = {name: p for adapter in state.sequence for name, p in trained_parameters(model, adapter).items()}
+    parameters = {name: parameter for name, parameter in parameters.items() if name in values}
+    for name, parameter in parameters.items():
+        if is_sharded(parameter) or parameter.shape != values[name].shape:
+            raise AdapterError(
+                f"{name} is trained in full and sharded (FSDP), so the base model's value cannot take its place: use "
+                "DDP, or leave out modules_to_save and bias"
+            )
     trained = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = state.originals[name].to(parameter.device, parameter.dtype)
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
         yield
     finally:
         for name, parameter in parameters.items():

@@ -18,6 +18,7 @@ from .grouping import group_projections as group
 from .optimizer_check import watch_optimizers
 from .pretrained import present, unpresent
 from .rotation import Rotation
+from .sharding import check_unsharded
 from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .trained import add_state_hooks, remove_state_hooks, restore_originals
@@ -79,6 +80,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         AdapterError: the model is not wrapped.
     """
     get_state(model)
+    check_unsharded(model, "take the adapters off before, or save them and load them into another model")
     for _, layer in oft_layers(model):
         if layer.merged:
             layer.unmerge()
