@@ -23,13 +23,14 @@ from .adapter_file import (
     write_atomically,
 )
 from .adapters import check_unmerged
-from .base_check import describe_base
+from .base_check import describe_base, keep_sketches
 from .config import OFTConfig
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, listed, refuse
 from .model_card import write_card
+from .partitioned import gathered, writes
 from .peft_format import peft_layout
-from .state import check_known, get_state, layers_of, trained_parameters
+from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
 from .trained import base_values
 
 _MAX_LISTED = 12
@@ -53,6 +54,8 @@ def save_adapter(
     whoever stops the program at any moment finds the old adapter or the new one. The JSON beside it is for PEFT, or for
     people.
 
+    Under DeepSpeed ZeRO-3, every process has to call this, for values are gathered; the first one writes.
+
     Args:
         model (nn.Module): a wrapped model.
         folder (str | os.PathLike): where to.
@@ -72,7 +75,17 @@ def save_adapter(
     name = adapter_name or state.active
     check_known(model, [name])
     check_unmerged(model)
-    layers, trained = layers_of(model, name), trained_parameters(model, name)
+    with gathered(adapter_parameters(model, name)) as collective:
+        if collective:
+            keep_sketches({path: layer.base_layer for path, layer in layers_of(model, name).items()})
+        written = _save(model, folder, name, format) if writes(collective) else Path(folder)
+    if collective:
+        torch.distributed.barrier()  # whichever process reads it next, it is there
+    return written
+
+
+def _save(model: nn.Module, folder: str | os.PathLike[str], name: str, format: str | None) -> Path:
+    state, layers, trained = get_state(model), layers_of(model, name), trained_parameters(model, name)
     tensors = {PREFIX + path + GENERATORS: layer.generators[name] for path, layer in layers.items()}
     tensors |= {PREFIX + path: parameter for path, parameter in trained.items()}
     sharded = [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]
