@@ -35,11 +35,12 @@ def save_adapters_only(accelerator: Any) -> None:
     """
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     if kind == "DEEPSPEED":
-        return serve_deepspeed()  # whose checkpoints are the states
+        serve_deepspeed()  # whose checkpoints are the states
+        return
     if kind in _SHARDED:
         raise AdapterError(f"{kind} saves models itself, and a hook cannot leave the base out: use save_adapter")
     if hasattr(accelerator, _MARK):
-        return None
+        return
     setattr(accelerator, _MARK, True)
 
     def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:

@@ -157,8 +157,8 @@ def _check_writable(model: nn.Module, adapter_name: str) -> None:
     if any(has_master(parameter) for parameter in adapter_parameters(model, adapter_name)):
         raise AdapterError(
             f"the adapter {adapter_name!r} is in a DeepSpeed engine, whose next step would write its own copy over "
-            "what is loaded: load the adapter before deepspeed.initialize (or before the trainer starts), or a checkpoint "
-            "of the engine's with its load_checkpoint"
+            "what is loaded: load the adapter before deepspeed.initialize (or before the trainer starts), or one of "
+            "the engine's checkpoints with its load_checkpoint"
         )
 
 
