@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .base import OFTLayer
 from .errors import AdapterError
+from .partitioned import gathered
 from .rotation import Rotation
 from .sharding import whole_generators
 from .stability import generator_norm, spectral_norm
@@ -36,10 +37,11 @@ class LayerDiagnostics:
 @torch.no_grad()
 def layer_diagnostics(layer: OFTLayer) -> LayerDiagnostics:
     """The figures of one layer's active adapter, in float64; of several, the worst."""
-    return _worst(
-        rotation_diagnostics(layer.rotations[name], whole_generators(layer, name), layer.name)
-        for name in layer.sequence
-    )
+    with gathered(layer.generators_of(layer.sequence)):
+        return _worst(
+            rotation_diagnostics(layer.rotations[name], whole_generators(layer, name), layer.name)
+            for name in layer.sequence
+        )
 
 
 @torch.no_grad()

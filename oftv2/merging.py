@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .partitioned import refuse_partitioned
 from .sharding import is_sharded
 
 _VALUES = 1 << 19  # at a time, 2 MB in float32: twice as fast to rotate on a CPU as eight times as much
@@ -107,6 +108,11 @@ class MergeableLayer(nn.Module):
             if name not in self.rotations:
                 continue
             generators = self.generators[name]
+            refuse_partitioned(
+                ((f"{self.name}: {part}", parameter) for part, parameter in self.named_parameters()),
+                "call save_adapter in every process, and load the adapter into the base model in a process without "
+                "ZeRO-3, or merge with `python -m oftv2 merge`",
+            )
             if generators.shape != self.rotations[name].shape or is_sharded(generators):
                 raise AdapterError(
                     f"{self.name}: the generators are sharded (FSDP): load the adapter into a model that is not"

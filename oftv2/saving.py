@@ -24,11 +24,12 @@ from .adapter_file import (
 )
 from .adapters import check_unmerged
 from .base import OFTLayer
-from .base_check import describe_base
+from .base_check import describe_base, keep_sketches
 from .config import OFTConfig
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, listed, refuse
 from .model_card import write_card
+from .partitioned import gathered, is_partitioned
 from .peft_format import peft_layout
 from .sharding import is_sharded, is_writer, unsharded, whole_generators
 from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
@@ -55,8 +56,9 @@ def save_adapter(
     whoever stops the program at any moment finds the old adapter or the new one. The JSON beside it is for PEFT, or for
     people.
 
-    Of a model that FSDP2 shards, **every process has to call this**: together they gather the adapter, the first one
-    writes it, and the others wait until it is there. Under DDP any of them may call it, or all, with the model inside.
+    Of a model that FSDP2 or DeepSpeed ZeRO-3 shards, **every process has to call this**: together they gather the
+    adapter, the first one writes it, and the others wait until it is there. Under DDP any of them may call it, or all,
+    with the model inside.
 
     Args:
         model (nn.Module): a wrapped model.
@@ -78,23 +80,24 @@ def save_adapter(
     name = adapter_name or state.active
     check_known(model, [name])
     check_unmerged(model)
-    layers = layers_of(model, name)
-    parameters = adapter_parameters(model, name)
-    gathers = any(is_sharded(parameter) for parameter in parameters)
+    layers, parameters = layers_of(model, name), adapter_parameters(model, name)
+    collective = any(is_sharded(parameter) or is_partitioned(parameter) for parameter in parameters)
     try:
-        with unsharded(model, parameters):
+        with unsharded(model, parameters), gathered(parameters):
+            if collective:
+                keep_sketches({path: layer.base_layer for path, layer in layers.items()})
             content = _content(model, name, layers, format)
-            return Path(folder) if gathers and not is_writer() else _write(folder, *content)
+            return Path(folder) if collective and not is_writer() else _write(folder, *content)
     finally:
-        if gathers:
-            torch.distributed.barrier()
+        if collective:
+            torch.distributed.barrier()  # whichever process reads it next, it is there
 
 
 def _content(
     model: nn.Module, name: str, layers: dict[str, OFTLayer], format: str | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any] | None]:
     """An adapter's tensors, its description, and PEFT's description where its layout can hold the adapter."""
-    trained = trained_parameters(model, name)
+    state, trained = get_state(model), trained_parameters(model, name)
     tensors = {PREFIX + path + GENERATORS: whole_generators(layer, name) for path, layer in layers.items()}
     tensors |= {PREFIX + path: parameter for path, parameter in trained.items()}
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -106,7 +109,7 @@ def _content(
     sizes = {path: layer.rotations[name].block_size for path, layer in layers.items()}
     with base_values(model):
         base = describe_base(model, {path: layer.base_layer for path, layer in layers.items()})
-    return tensors, _manifest(get_state(model).configs[name], sizes, tuple(trained), base, layout), description
+    return tensors, _manifest(state.configs[name], sizes, tuple(trained), base, layout), description
 
 
 def places(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, Path]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
-from .sharding import is_sharded
-from .state import AdapterState, find_state, get_state, plain_parameter, trained_parameters
+from .partitioned import refuse_partitioned
+from .sharding import is_sharded, plain_path
+from .state import AdapterState, find_state, get_state, plain_name, plain_parameter, trained_parameters
 
 PREFIX = "_oftv2."
 
@@ -35,6 +36,10 @@ def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
     if set(adapter_names) == set(state.sequence):
         return
     exchanged = {name for adapter in {*adapter_names, *state.sequence} for name in state.trained[adapter]}
+    refuse_partitioned(
+        [(name, plain_parameter(model, name)) for name in sorted(exchanged)],
+        "another adapter's values cannot take its place; call set_adapter on a model without ZeRO-3",
+    )
     sharded = [name for name in sorted(exchanged) if is_sharded(plain_parameter(model, name))]
     if sharded:
         raise AdapterError(
@@ -133,6 +138,14 @@ def forget(state: AdapterState, adapter_name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- state dictionaries
+
+
+def trained_keys(model: nn.Module) -> list[str]:
+    """The state dictionary's keys of all adapters' generators, and of the base parameters that they train in full."""
+    trained = get_state(model).originals
+    names = [plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name for name in names if ".generators." in name or plain_name(name) in trained]
+    return [*names, *aside_by_key(model)]
 
 
 def add_state_hooks(model: nn.Module) -> None:

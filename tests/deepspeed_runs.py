@@ -1,0 +1,473 @@
+"""Runs under DeepSpeed in one of two processes that test_deepspeed.py starts: ``deepspeed_runs.py FOLDER STAGE``.
+
+Each function is a test. All processes go through all of them, and any that fails ends its process with a traceback.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import oftv2
+from conftest import assert_close, randomize
+from oftv2 import AdapterError
+from oftv2.partitioned import gathered, is_partitioned
+from peers import output
+from trainer_runs import ROWS, arguments, load
+
+IDS = torch.randint(1, 128, (4, 4, 12), generator=torch.Generator().manual_seed(0))
+# Everything is partitioned again after each use, however small.
+PARTITIONED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def config(stage: int, *, bf16: bool = False) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, **(PARTITIONED if stage == 3 else {})},
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model beside a folder, whole in every process."""
+    unset_hf_deepspeed_config()
+    return AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=dtype)
+
+
+def partitioned_base(folder: Path, **options: Any) -> Any:
+    """The model beside a folder, which transformers partitions while it loads it."""
+    keep = HfDeepSpeedConfig(config(3, **options))
+    model = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
+    unset_hf_deepspeed_config()
+    del keep
+    assert all(map(is_partitioned, model.parameters()))
+    return model
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
+
+
+def engine_of(model: nn.Module, stage: int, **options: Any) -> Any:
+    return deepspeed.initialize(model=model, config=config(stage, **options), optimizer=adam(model))[0]
+
+
+def train(engine: Any, batches: torch.Tensor) -> list[float]:
+    """Steps, each on this process's half of a batch; the losses of whole batches."""
+    losses, rank = [], torch.distributed.get_rank()
+    engine.train()
+    for batch in batches:
+        rows = batch[2 * rank : 2 * rank + 2]
+        loss = engine(input_ids=rows, labels=rows).loss
+        engine.backward(loss)
+        engine.step()
+        loss = loss.detach().float()
+        torch.distributed.all_reduce(loss)
+        losses.append(loss.item() / 2)
+    return losses
+
+
+def train_alone(model: Any, batches: torch.Tensor) -> list[float]:
+    optimizer, losses = adam(model.train()), []
+    for batch in batches:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What trains, whole."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                found[name] = parameter.detach().float().clone()
+    return found
+
+
+def wrapped(model: Any, form: str | None = None, checkpoints: bool | None = None, **fields: Any) -> Any:
+    oftv2.wrap_model(model, block_size=16, **fields)
+    randomize(model, std=0.02)
+    for module in model.modules():
+        if isinstance(module, oftv2.OFTLinear):
+            module.form = form
+    if checkpoints is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoints})
+    return model
+
+
+def compare(model: Any, engine: Any, alone: Any, precision: float) -> None:
+    losses, expected = train(engine, IDS), train_alone(alone, IDS)
+    assert losses == pytest.approx(expected, abs=10 * precision)
+    for name, value in values(model).items():
+        assert value.isfinite().all()
+        assert_close(name, value, alone.get_parameter(name).detach(), precision)
+    engine.eval()
+    with torch.no_grad():  # a kept rotation would be one from before the training
+        for _ in range(2):
+            logits = engine(input_ids=IDS[0]).logits
+            assert_close("logits", logits, alone.eval()(input_ids=IDS[0]).logits, 10 * precision)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def trains_as_one_process_does(folder: Path, stage: int) -> None:
+    for form, checkpoints in ((None, None), ("weight", True), ("weight", False), ("input", True), ("input", False)):
+        alone = wrapped(base(folder), None, checkpoints)
+        model = wrapped(base(folder), None if stage == 3 else form, checkpoints)  # no weight form: hooks gather it
+        compare(model, engine_of(model, stage), alone, 1e-4)
+
+
+def trains_a_16_bit_base(folder: Path, stage: int) -> None:
+    """In DeepSpeed's bf16 too, generators start, and stay, in float32; its gradients are rounded to bf16."""
+    for bf16, precision in ((False, 1e-2), (True, 5e-2)):
+        alone, model = (wrapped(base(folder, torch.bfloat16)) for _ in range(2))
+        start = values(model)
+        engine = engine_of(model, stage, bf16=bf16)
+        generators = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in generators} == {torch.float32}
+        assert all(torch.equal(value, start[name]) for name, value in values(model).items())
+        compare(model, engine, alone, precision)
+        assert {p.dtype for p in generators} == {torch.float32}
+
+
+def trains_an_nf4_base(folder: Path, stage: int) -> None:
+    alone, model = (wrapped(load(folder.parent / "base", nf4=True)) for _ in range(2))
+    compare(model, engine_of(model, stage), alone, 1e-4)
+    oftv2.save_adapter(model, folder / str(torch.distributed.get_rank()))
+    loaded = oftv2.load_adapter(load(folder.parent / "base", nf4=True), folder / "0", trainable=True)
+    assert all(torch.equal(value, values(model)[name]) for name, value in values(loaded).items())
+
+
+def trains_a_base_that_was_partitioned_while_it_loaded(folder: Path, stage: int) -> None:
+    compare(model := wrapped(partitioned_base(folder)), engine_of(model, 3), wrapped(base(folder)), 1e-4)
+    grouped = wrapped(partitioned_base(folder), group_projections=True)
+    compare(grouped, engine_of(grouped, 3), wrapped(base(folder)), 1e-4)
+    model = wrapped(partitioned_base(folder, bf16=True))
+    engine = engine_of(model, 3, bf16=True)
+    compare(model, engine, wrapped(base(folder, torch.bfloat16)), 5e-2)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def saves_and_loads(folder: Path, stage: int) -> None:
+    for name, fields in {"plain": {}, "head": {"modules_to_save": ["lm_head"]}}.items():
+        model = wrapped(base(folder), **fields)
+        engine, place = engine_of(model, stage), folder / f"saved-{name}"
+        train(engine, IDS)
+        trained = values(model)
+        if stage == 3 or torch.distributed.get_rank() == 0:
+            oftv2.save_adapter(model, place)
+        torch.distributed.barrier()
+        loaded = oftv2.load_adapter(base(folder), place, trainable=True)
+        assert {name: value.shape for name, value in values(loaded).items()} == {n: v.shape for n, v in trained.items()}
+        assert all(torch.equal(value, trained[name]) for name, value in values(loaded).items())
+        with pytest.raises(AdapterError, match=r"in a DeepSpeed engine, whose next step would write"):
+            oftv2.load_adapter(model, place)
+        assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
+        figures = oftv2.diagnostics(model)
+        assert figures == oftv2.diagnostics(loaded)
+        assert count(model) == count(loaded)
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    from oftv2.adapter import count_parameters
+
+    return count_parameters(model)
+
+
+def refuses_what_partitions_do_not_allow(folder: Path, stage: int) -> None:
+    model = wrapped(base(folder), modules_to_save=["lm_head"])
+    engine_of(model, stage)
+    place, rank = folder / "refused", torch.distributed.get_rank()
+    with pytest.raises(AdapterError, match=r"is partitioned by DeepSpeed ZeRO-3, and its values are not at hand"):
+        model.save_pretrained(place)
+    assert not place.exists()
+    layer = r"^model\.layers\.0\.self_attn\.q_proj: \S+ is partitioned by DeepSpeed ZeRO-3: call save_adapter"
+    with pytest.raises(AdapterError, match=layer):
+        oftv2.merge(model)
+    assert any(isinstance(module, oftv2.OFTLayer) for module in model.modules())
+    head = r"lm_head\.weight is partitioned by DeepSpeed ZeRO-3"
+    with pytest.raises(AdapterError, match=head), oftv2.disable_adapter(model):
+        pass
+    model.save_pretrained(place / str(rank), state_dict=dict(values(model)))
+    assert {tuple(v.shape) for v in load_file(place / str(rank) / "adapter_model.safetensors").values()} == {
+        tuple(v.shape) for v in values(model).values()
+    }
+
+
+def loads_into_a_partitioned_base(folder: Path, stage: int) -> None:
+    source = wrapped(base(folder), modules_to_save=["lm_head"])
+    train_alone(source, IDS)
+    place = folder / f"source-{torch.distributed.get_rank()}"
+    oftv2.save_adapter(source, place)
+    other = base(folder)
+    nn.init.normal_(other.model.layers[0].self_attn.q_proj.weight)
+    oftv2.save_adapter(wrapped(other), place / "other")
+
+    model = partitioned_base(folder)
+    with pytest.raises(AdapterError, match=r"q_proj: the base weights differ by"):
+        oftv2.load_adapter(model, place / "other")
+    oftv2.load_adapter(model, place)
+    engine = deepspeed.initialize(model=model, config=config(3))[0]
+    engine.eval()
+    with torch.no_grad():
+        expected = source.eval()(input_ids=IDS[0]).logits
+        assert_close("logits", engine(input_ids=IDS[0]).logits, expected, 1e-5)
+    oftv2.save_adapter(model, folder / "again")
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (place, folder / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    with pytest.raises(AdapterError, match=r"q_proj: the base weights differ by"):  # its sketches were taken
+        oftv2.load_adapter(oftv2.unwrap_model(other), folder / "again")
+
+
+def wraps_partitioned_layers_of_other_kinds(folder: Path, stage: int) -> None:
+    """GPT-2's ``Conv1D``, whose size is its weight's, and convolutions, which read their weight without a call."""
+
+    def gpt2() -> Any:
+        torch.manual_seed(2)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+
+    def convolution() -> Any:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Conv2d(4, 8, 2), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(16, 4))
+
+    for make, inputs, fields in (
+        (gpt2, IDS[0], {}),
+        (convolution, torch.randn(2, 4, 3, 3), {"target_modules": ["0", "2", "4"]}),
+    ):
+        options: Any = {"block_size": 8, **fields}
+        alone = oftv2.wrap_model(make(), **options)
+        plain = make()
+        with deepspeed.zero.Init(config_dict_or_path=config(3)):
+            model = make()
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), plain.parameters(), strict=True):
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                    parameter.copy_(value)
+        oftv2.wrap_model(model, **options)
+        for each in (alone, model):
+            randomize(each)
+            each.eval()  # without GPT-2's dropout
+        engine = engine_of(model, 3)
+        y, expected = (output(each(inputs)) for each in (engine, alone))
+        assert_close("output", y.detach(), expected.detach(), 1e-5)
+        engine.backward(y.square().mean())
+        expected.square().mean().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                gradient = deepspeed.utils.safe_get_full_grad(parameter)
+                assert_close(name, gradient, alone.get_parameter(name).grad, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------ trainers
+
+
+def frozen_in(checkpoint: Path) -> list[str]:
+    """Names of the base's parameters in a checkpoint of DeepSpeed's."""
+    found: list[str] = []
+    for path in checkpoint.rglob("*model_states.pt"):
+        saved = torch.load(path, weights_only=False)
+        found += [key for key in saved["module"] if ".generators." not in key]
+        found += saved.get("frozen_param_fragments") or []
+    return found
+
+
+def resumes_and_restores_in_trainer(folder: Path, stage: int) -> None:
+    gathers = {"stage3_gather_16bit_weights_on_model_save": stage == 3}
+    for bf16 in (False, True):
+        setup = {**config(stage, bf16=bf16), "gradient_clipping": "auto"}
+        setup["zero_optimization"] = {**setup["zero_optimization"], **(gathers if bf16 else {})}
+
+        def make(name: str, **fields: Any) -> Any:
+            options = arguments(folder / f"{name}-{bf16}", deepspeed=copy.deepcopy(setup), bf16=bf16, **fields)  # noqa: B023
+            model = AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=torch.float32)
+            oftv2.wrap_model(model, block_size=16)
+            return model, options
+
+        scores: Any = iter([{"score": 1.0}, {"score": 2.0}])
+        model, options = make(
+            "straight",
+            eval_strategy="steps",
+            eval_steps=3,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=False,
+        )
+        trainer = Trainer(
+            model,
+            options,
+            train_dataset=ROWS,
+            eval_dataset=ROWS[:2],
+            compute_metrics=partial(lambda scores, _: next(scores), scores),
+        )
+        trainer.train()
+        first, last = (folder / f"straight-{bf16}" / f"checkpoint-{step}" for step in (3, 6))
+        torch.distributed.barrier()
+        assert not frozen_in(first)
+        trained, best, end = (
+            values(model),
+            load_file(first / "model.safetensors"),
+            load_file(last / "model.safetensors"),
+        )
+        assert all(torch.equal(value, best[name]) for name, value in trained.items())
+        assert not any(torch.equal(best[name], end[name]) for name in best)
+
+        resumed, options = make("resumed")
+        trainer = Trainer(resumed, options, train_dataset=ROWS)
+        trainer.train(resume_from_checkpoint=str(first))
+        assert all(torch.equal(value, end[name]) for name, value in values(resumed).items())
+        trainer.save_model(str(folder / f"final-{bf16}"))
+        torch.distributed.barrier()
+        loaded = oftv2.load_adapter(base(folder), folder / f"final-{bf16}", trainable=True)
+        assert all(torch.equal(value, end[name]) for name, value in values(loaded).items())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
+
+
+def resumes_in_accelerate(folder: Path, stage: int) -> None:
+    def loop() -> tuple[Accelerator, Any, Any]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config(stage)))
+        model = wrapped(base(folder))
+        engine, optimizer = accelerator.prepare(model, adam(model))
+        oftv2.save_adapters_only(accelerator)
+        return accelerator, engine, optimizer
+
+    def steps(accelerator: Accelerator, engine: Any, optimizer: Any, batches: torch.Tensor) -> list[float]:
+        losses, rank = [], torch.distributed.get_rank()
+        engine.train()
+        for batch in batches:
+            rows = batch[2 * rank : 2 * rank + 2]
+            loss = engine(input_ids=rows, labels=rows).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    accelerator, engine, _ = straight = loop()
+    steps(*straight, IDS[:2])
+    accelerator.save_state(str(folder / "state"))
+    torch.distributed.barrier()
+    assert not frozen_in(folder / "state")
+    expected = steps(*straight, IDS[2:])
+    resumed = loop()
+    resumed[0].load_state(str(folder / "state"))
+    assert steps(*resumed, IDS[2:]) == expected
+    model, again = accelerator.unwrap_model(engine), resumed[0].unwrap_model(resumed[1])
+    assert all(torch.equal(value, values(again)[name]) for name, value in values(model).items())
+    model.save_pretrained(
+        folder / "accelerate",
+        is_main_process=accelerator.is_main_process,
+        state_dict=accelerator.get_state_dict(engine),
+    )
+    torch.distributed.barrier()
+    loaded = oftv2.load_adapter(base(folder), folder / "accelerate", trainable=True)
+    assert all(torch.equal(value, values(model)[name]) for name, value in values(loaded).items())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def leaves_other_engines_alone(folder: Path, stage: int) -> None:
+    model = base(folder).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    engine_of(model, stage).save_checkpoint(str(folder / "plain"))
+    assert frozen_in(folder / "plain")
+
+
+def keeps_several_adapters(folder: Path, stage: int) -> None:
+    """An adapter that does not train is in the checkpoint too."""
+
+    def make() -> Any:
+        model = wrapped(base(folder))
+        return oftv2.add_adapter(model, "other", block_size=8, init="normal", target_modules=["q_proj"])
+
+    model = make()
+    engine = engine_of(model, stage)
+    train(engine, IDS[:1])
+    engine.save_checkpoint(str(folder / "several"))
+    oftv2.save_adapter(model, folder / "other", adapter_name="other")
+    torch.distributed.barrier()
+    other = {key for key in load_file(folder / "other" / "adapter_model.safetensors") if "q_proj" in key}
+    assert len(other) == 2
+    resumed = make()
+    again = engine_of(resumed, stage)
+    again.load_checkpoint(str(folder / "several"))
+    for (name, one), two in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        with gathered([one]), gathered([two]):
+            assert torch.equal(one, two), name
+
+
+EVERY_STAGE: list[Callable[[Path, int], None]] = [
+    trains_as_one_process_does,
+    trains_a_16_bit_base,
+    trains_an_nf4_base,
+    saves_and_loads,
+    keeps_several_adapters,
+    leaves_other_engines_alone,
+    resumes_in_accelerate,
+    resumes_and_restores_in_trainer,
+]
+PARTITIONS: list[Callable[[Path, int], None]] = [
+    trains_a_base_that_was_partitioned_while_it_loaded,
+    refuses_what_partitions_do_not_allow,
+    loads_into_a_partitioned_base,
+    wraps_partitioned_layers_of_other_kinds,
+]
+
+
+def main(folder: Path, stage: int, only: str) -> None:
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed("gloo")
+    for run in EVERY_STAGE + (PARTITIONS if stage == 3 else []):
+        if only in run.__name__:
+            (folder / run.__name__).mkdir(exist_ok=True)
+            torch.distributed.barrier()
+            torch.manual_seed(0)
+            print(f"{run.__name__}, stage {stage}", flush=True)
+            run(folder / run.__name__, stage)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:]))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # the other process may be waiting for this one
