@@ -186,7 +186,7 @@ def _check_fit(
     """Raises one AdapterError for all that keeps the adapter from fitting."""
     problems = check_tensors(adapter) + problems
     if check_base and not problems:
-        sketched = {name: model.get_submodule(name) for name in adapter.base["sketches"]}
+        sketched = {name: model.get_submodule(name) for name in adapter.base.get("sketches", {})}
         keep_sketches({name: getattr(module, "base_layer", module) for name, module in sketched.items()})
         with base_values(model):
             found = merged_before(config_of(model), adapter) or compare_base(model, adapter.base)
