@@ -19,124 +19,17 @@ import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
+from deepspeed_models import IDS, adam, base, compare, config, engine_of, train, values, wrapped
+from deepspeed_partitions import PARTITIONS
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer
-from transformers.integrations import HfDeepSpeedConfig
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import oftv2
-from conftest import assert_close, randomize
 from oftv2 import AdapterError
-from oftv2.partitioned import gathered, is_partitioned
-from peers import output
+from oftv2.partitioned import gathered
 from trainer_runs import ROWS, arguments, load
-
-IDS = torch.randint(1, 128, (4, 4, 12), generator=torch.Generator().manual_seed(0))
-# Everything is partitioned again after each use, however small.
-PARTITIONED = {
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
-
-
-def config(stage: int, *, bf16: bool = False) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, **(PARTITIONED if stage == 3 else {})},
-        "bf16": {"enabled": bf16},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model beside a folder, whole in every process."""
-    unset_hf_deepspeed_config()
-    return AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=dtype)
-
-
-def partitioned_base(folder: Path, **options: Any) -> Any:
-    """The model beside a folder, which transformers partitions while it loads it."""
-    keep = HfDeepSpeedConfig(config(3, **options))
-    model = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
-    unset_hf_deepspeed_config()
-    del keep
-    assert all(map(is_partitioned, model.parameters()))
-    return model
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
-
-
-def engine_of(model: nn.Module, stage: int, **options: Any) -> Any:
-    return deepspeed.initialize(model=model, config=config(stage, **options), optimizer=adam(model))[0]
-
-
-def train(engine: Any, batches: torch.Tensor) -> list[float]:
-    """Steps, each on this process's half of a batch; the losses of whole batches."""
-    losses, rank = [], torch.distributed.get_rank()
-    engine.train()
-    for batch in batches:
-        rows = batch[2 * rank : 2 * rank + 2]
-        loss = engine(input_ids=rows, labels=rows).loss
-        engine.backward(loss)
-        engine.step()
-        loss = loss.detach().float()
-        torch.distributed.all_reduce(loss)
-        losses.append(loss.item() / 2)
-    return losses
-
-
-def train_alone(model: Any, batches: torch.Tensor) -> list[float]:
-    optimizer, losses = adam(model.train()), []
-    for batch in batches:
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What trains, whole."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            with gathered([parameter]):
-                found[name] = parameter.detach().float().clone()
-    return found
-
-
-def wrapped(model: Any, form: str | None = None, checkpoints: bool | None = None, **fields: Any) -> Any:
-    oftv2.wrap_model(model, block_size=16, **fields)
-    randomize(model, std=0.02)
-    for module in model.modules():
-        if isinstance(module, oftv2.OFTLinear):
-            module.form = form
-    if checkpoints is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpoints})
-    return model
-
-
-def compare(model: Any, engine: Any, alone: Any, precision: float) -> None:
-    losses, expected = train(engine, IDS), train_alone(alone, IDS)
-    assert losses == pytest.approx(expected, abs=10 * precision)
-    for name, value in values(model).items():
-        assert value.isfinite().all()
-        assert_close(name, value, alone.get_parameter(name).detach(), precision)
-    engine.eval()
-    with torch.no_grad():  # a kept rotation would be one from before the training
-        for _ in range(2):
-            logits = engine(input_ids=IDS[0]).logits
-            assert_close("logits", logits, alone.eval()(input_ids=IDS[0]).logits, 10 * precision)
-
 
 # ------------------------------------------------------------------------------------------ training
 
@@ -169,16 +62,6 @@ def trains_an_nf4_base(folder: Path, stage: int) -> None:
     assert all(torch.equal(value, values(model)[name]) for name, value in values(loaded).items())
 
 
-def trains_a_base_that_was_partitioned_while_it_loaded(folder: Path, stage: int) -> None:
-    compare(model := wrapped(partitioned_base(folder)), engine_of(model, 3), wrapped(base(folder)), 1e-4)
-    grouped = wrapped(partitioned_base(folder), group_projections=True)
-    compare(grouped, engine_of(grouped, 3), wrapped(base(folder)), 1e-4)
-    model = wrapped(partitioned_base(folder, bf16=True))
-    engine = engine_of(model, 3, bf16=True)
-    compare(model, engine, wrapped(base(folder, torch.bfloat16)), 5e-2)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
 # ------------------------------------------------------------------------------------------ files
 
 
@@ -207,91 +90,6 @@ def count(model: nn.Module) -> tuple[int, int]:
     from oftv2.adapter import count_parameters
 
     return count_parameters(model)
-
-
-def refuses_what_partitions_do_not_allow(folder: Path, stage: int) -> None:
-    model = wrapped(base(folder), modules_to_save=["lm_head"])
-    engine_of(model, stage)
-    place, rank = folder / "refused", torch.distributed.get_rank()
-    with pytest.raises(AdapterError, match=r"is partitioned by DeepSpeed ZeRO-3, and its values are not at hand"):
-        model.save_pretrained(place)
-    assert not place.exists()
-    layer = r"^model\.layers\.0\.self_attn\.q_proj: \S+ is partitioned by DeepSpeed ZeRO-3: call save_adapter"
-    with pytest.raises(AdapterError, match=layer):
-        oftv2.merge(model)
-    assert any(isinstance(module, oftv2.OFTLayer) for module in model.modules())
-    head = r"lm_head\.weight is partitioned by DeepSpeed ZeRO-3"
-    with pytest.raises(AdapterError, match=head), oftv2.disable_adapter(model):
-        pass
-    model.save_pretrained(place / str(rank), state_dict=dict(values(model)))
-    assert {tuple(v.shape) for v in load_file(place / str(rank) / "adapter_model.safetensors").values()} == {
-        tuple(v.shape) for v in values(model).values()
-    }
-
-
-def loads_into_a_partitioned_base(folder: Path, stage: int) -> None:
-    source = wrapped(base(folder), modules_to_save=["lm_head"])
-    train_alone(source, IDS)
-    place = folder / f"source-{torch.distributed.get_rank()}"
-    oftv2.save_adapter(source, place)
-    other = base(folder)
-    nn.init.normal_(other.model.layers[0].self_attn.q_proj.weight)
-    oftv2.save_adapter(wrapped(other), place / "other")
-
-    model = partitioned_base(folder)
-    with pytest.raises(AdapterError, match=r"q_proj: the base weights differ by"):
-        oftv2.load_adapter(model, place / "other")
-    oftv2.load_adapter(model, place)
-    engine = deepspeed.initialize(model=model, config=config(3))[0]
-    engine.eval()
-    with torch.no_grad():
-        expected = source.eval()(input_ids=IDS[0]).logits
-        assert_close("logits", engine(input_ids=IDS[0]).logits, expected, 1e-5)
-    oftv2.save_adapter(model, folder / "again")
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (place, folder / "again"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
-    with pytest.raises(AdapterError, match=r"q_proj: the base weights differ by"):  # its sketches were taken
-        oftv2.load_adapter(oftv2.unwrap_model(other), folder / "again")
-
-
-def wraps_partitioned_layers_of_other_kinds(folder: Path, stage: int) -> None:
-    """GPT-2's ``Conv1D``, whose size is its weight's, and convolutions, which read their weight without a call."""
-
-    def gpt2() -> Any:
-        torch.manual_seed(2)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=16))
-
-    def convolution() -> Any:
-        torch.manual_seed(2)
-        return nn.Sequential(nn.Conv2d(4, 8, 2), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(16, 4))
-
-    for make, inputs, fields in (
-        (gpt2, IDS[0], {}),
-        (convolution, torch.randn(2, 4, 3, 3), {"target_modules": ["0", "2", "4"]}),
-    ):
-        options: Any = {"block_size": 8, **fields}
-        alone = oftv2.wrap_model(make(), **options)
-        plain = make()
-        with deepspeed.zero.Init(config_dict_or_path=config(3)):
-            model = make()
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), plain.parameters(), strict=True):
-                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-                    parameter.copy_(value)
-        oftv2.wrap_model(model, **options)
-        for each in (alone, model):
-            randomize(each)
-            each.eval()  # without GPT-2's dropout
-        engine = engine_of(model, 3)
-        y, expected = (output(each(inputs)) for each in (engine, alone))
-        assert_close("output", y.detach(), expected.detach(), 1e-5)
-        engine.backward(y.square().mean())
-        expected.square().mean().backward()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                gradient = deepspeed.utils.safe_get_full_grad(parameter)
-                assert_close(name, gradient, alone.get_parameter(name).grad, 1e-4)
 
 
 # ------------------------------------------------------------------------------------------ trainers
@@ -441,12 +239,6 @@ EVERY_STAGE: list[Callable[[Path, int], None]] = [
     leaves_other_engines_alone,
     resumes_in_accelerate,
     resumes_and_restores_in_trainer,
-]
-PARTITIONS: list[Callable[[Path, int], None]] = [
-    trains_a_base_that_was_partitioned_while_it_loaded,
-    refuses_what_partitions_do_not_allow,
-    loads_into_a_partitioned_base,
-    wraps_partitioned_layers_of_other_kinds,
 ]
 
 
