@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -185,6 +186,21 @@ def test_what_would_change_a_sharded_model_is_refused(mesh, tmp_path):
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_torch_saves_a_sharded_model_with_an_inactive_adapter_that_has_a_head(mesh, tiny_llama):
+    """torch looks for a parameter under each key of a state dictionary, and what is set aside is none."""
+    model = wrap_model(tiny_llama(), block_size=16, modules_to_save=["lm_head"])
+    oftv2.add_adapter(model, "other", block_size=8, modules_to_save=["lm_head"])
+    assert "_oftv2.other.lm_head.weight" in model.state_dict()
+    fully_shard(model, mesh=mesh)
+    saved = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert saved.keys() == dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True))
+    assert not any(packed.any() for packed in generators(model))
 
 
 def test_a_state_dict_that_is_not_gathered_is_refused(mesh, tiny_llama, tmp_path):
