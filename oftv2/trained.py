@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError
 from .partitioned import refuse_partitioned
-from .sharding import is_sharded, plain_path
+from .sharding import is_fsdp, is_sharded, plain_path
 from .state import AdapterState, find_state, get_state, plain_name, plain_parameter, trained_parameters
 
 PREFIX = "_oftv2."
@@ -162,9 +162,12 @@ def remove_state_hooks(model: nn.Module) -> None:
 
 
 def aside_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is set aside, by its key in the model's state dictionary."""
+    """What is set aside, by its key in the model's state dictionary.
+
+    None of it where FSDP2 shards the model: torch looks for a parameter under each key, and it stays as it is there.
+    """
     state = find_state(model)
-    aside = {} if state is None else state.aside
+    aside = {} if state is None or any(map(is_fsdp, model.modules())) else state.aside
     return {f"{PREFIX}{adapter}.{name}": p for adapter, own in aside.items() for name, p in own.items()}
 
 
