@@ -16,7 +16,8 @@ def dequantize_4bit(module: Any) -> Tensor:
     """The weight ``(n, d)`` of a 4-bit layer, in float32."""
     from bitsandbytes import functional
 
-    state = copy.copy(module.weight.quant_state)
+    kept_by = module.weight if hasattr(module.weight, "quant_state") else module  # FSDP takes it from the weight
+    state = copy.copy(kept_by.quant_state)
     state.dtype = torch.float32
     return functional.dequantize_4bit(module.weight.data, state)
 

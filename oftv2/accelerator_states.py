@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
 from .loading import load_adapter
 from .saving import save_adapter
@@ -14,7 +15,7 @@ from .state import find_state, get_state
 
 _FOLDER = "adapters"
 _MARK = "_oftv2_saves_adapters_only"
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+_SHARDED = ("FSDP", "MEGATRON_LM")
 
 
 def save_adapters_only(accelerator: Any) -> None:
@@ -22,16 +23,20 @@ def save_adapters_only(accelerator: Any) -> None:
 
     An adapter is a folder in ``adapters/`` of the saved state, in this library's own format. Optimizers,
     schedules, random states and models that are not wrapped stay as they are; resuming is exact. A second call on the
-    same accelerator changes nothing.
+    same accelerator changes nothing. With DeepSpeed, states are checkpoints of its engine, which leave the base out
+    anyway.
 
     Args:
         accelerator (accelerate.Accelerator): the loop's.
 
     Raises:
-        AdapterError: here for FSDP, DeepSpeed and Megatron, which save models themselves; when a state is saved or
+        AdapterError: here for FSDP and Megatron, which save models themselves; when a state is saved or
             loaded, what :func:`oftv2.save_adapter` and :func:`oftv2.load_adapter` refuse, and adapters of other names.
     """
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
+    if kind == "DEEPSPEED":
+        serve_deepspeed()  # whose checkpoints are the states
+        return
     if kind in _SHARDED:
         raise AdapterError(f"{kind} saves models itself, and a hook cannot leave the base out: use save_adapter")
     if hasattr(accelerator, _MARK):

@@ -15,9 +15,11 @@ from .adapters import activate, check_not_by_row, check_sequence
 from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .merged_before import note_merged
+from .partitioned import full_shape, refuse_partitioned
 from .pretrained import forget_quantization
 from .quant import QuantOFTLinear, find_backend
-from .state import find_state, get_state, oft_layers
+from .sharding import check_unsharded
+from .state import find_state, get_state, oft_layers, plain_parameter
 from .trained import base_values
 from .wrap import uninstall
 
@@ -29,7 +31,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         AdapterError: the model is not wrapped, or its adapter is merged.
     """
-    get_state(model)
+    state = get_state(model)
+    refuse_partitioned(
+        [(name, plain_parameter(model, name)) for adapter in state.sequence for name in state.trained[adapter]],
+        "the base model's values cannot take its place; compare with a model in a process without ZeRO-3",
+    )
     layers = [layer for _, layer in oft_layers(model)]
     _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
     enabled = [layer.enabled for layer in layers]
@@ -139,7 +145,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        count = parameter.numel() if state is None else state.shape.numel()
+        count = full_shape(parameter).numel() if state is None else state.shape.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
@@ -157,6 +163,7 @@ def _merge_ready(
 ) -> tuple[tuple[str, ...], dict[str, OFTLayer]]:
     """The adapters to merge and the layers that have any of them; AdapterError where something is in the way."""
     known = model.sequence if isinstance(model, OFTLayer) else get_state(model).sequence
+    check_unsharded(model, "call save_adapter in every process, load that into a model in one process, and merge there")
     _require_merged(model, False, "call unmerge first")
     check_not_by_row(model)
     names = check_sequence(model, known if adapter_names is None else adapter_names)

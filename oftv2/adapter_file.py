@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,11 +99,15 @@ def _checked(value: Any, kind: type) -> Any:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces ``path`` in one step; leftovers of writers that were killed are swept up."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    """Replaces ``path`` in one step; leftovers of writers that were killed are swept up.
+
+    Several processes may do so at once, on several machines that share the folder, too.
+    """
+    host = platform.node()
+    for leftover in path.parent.glob(f".{path.name}.{glob.escape(host)}.*.tmp"):
         if not _running(leftover.name.split(".")[-2]):
             leftover.unlink(missing_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{host}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)

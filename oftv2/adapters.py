@@ -13,6 +13,7 @@ from .errors import AdapterError
 from .gradient_check import check_gradients
 from .optimizer_check import watch_optimizers
 from .pretrained import watch
+from .sharding import check_unsharded
 from .state import check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
 from .targets import Target, find_targets
 from .trained import check_together, exchange, forget, set_aside
@@ -107,6 +108,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     state = get_state(model)
     check_known(model, [adapter_name])
     check_changeable(model)
+    check_unsharded(model, "delete adapters before")
     if len(state.configs) == 1:
         raise AdapterError(f"{adapter_name!r} is the only adapter of this model: unwrap_model(model) takes it off")
     if adapter_name in state.sequence:
@@ -133,9 +135,7 @@ def check_addable(model: nn.Module, adapter_name: str) -> None:
             f"there is an adapter {adapter_name!r} in this model already: choose another name, or delete_adapter first"
         )
     check_changeable(model)
-    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
-    if sharded:
-        raise AdapterError(f"{sharded[0]} is sharded (FSDP): add adapters before the model is sharded")
+    check_unsharded(model, "add and load adapters before")
 
 
 def put(model: nn.Module, adapter_name: str, config: OFTConfig, targets: list[Target], trained: Sequence[str]) -> None:

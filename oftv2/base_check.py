@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .partitioned import gathered, is_partitioned
 from .quant import find_backend
+from .sharding import class_name, unsharded
 
 _MAX_LAYERS = 8
 _ROWS = 8
@@ -19,6 +21,22 @@ _TOLERANCE = 0.02
 _TOLERANCE_QUANTIZED = 0.4
 
 
+def keep_sketches(layers: Mapping[str, nn.Module]) -> None:
+    """Notes the sketches of weights that ZeRO-3 partitions, of layers that :func:`describe_base` would choose.
+
+    It gathers them, in which every process takes part; checkpoints are written by one process alone.
+    """
+    for name in _chosen(layers):
+        weight: Any = layers[name]._parameters.get("weight")
+        if is_partitioned(weight):
+            with gathered([weight]):
+                weight._oftv2_sketch = sketch(layers[name])
+
+
+def _chosen(layers: Mapping[str, nn.Module]) -> list[str]:
+    return list(layers)[:: max(1, -(-len(layers) // _MAX_LAYERS))]
+
+
 def describe_base(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Any]:
     """What identifies a base model: its class, its name, and sketches of the weights of some adapted layers.
 
@@ -26,10 +44,9 @@ def describe_base(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, A
         model (nn.Module): the model.
         layers (dict[str, nn.Module]): base layers by their path.
     """
-    names = list(layers)[:: max(1, -(-len(layers) // _MAX_LAYERS))]
-    sketches = {name: sketch(layers[name]) for name in names}
+    sketches = {name: sketch(layers[name]) for name in _chosen(layers)}
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
         "sketches": {name: values for name, values in sketches.items() if values is not None},
     }
@@ -69,10 +86,13 @@ def compare_sketches(saved: dict[str, Any], ours_of: Callable[[str], dict[str, A
 def sketch(module: Any) -> dict[str, Any] | None:
     """A few weighted sums of the weight, which survive rounding and quantization; None where it cannot be read."""
     backend = find_backend(module)
-    if backend is None:
-        weight: Tensor | None = getattr(module, "weight", None)
-    else:
-        weight = None if backend.dequantize is None else backend.dequantize(module)
+    if is_partitioned(module._parameters.get("weight")):
+        return getattr(module.weight, "_oftv2_sketch", None)
+    with unsharded(module, module.parameters()):
+        if backend is None:
+            weight: Tensor | None = getattr(module, "weight", None)
+        else:
+            weight = None if backend.dequantize is None else backend.dequantize(module)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:
         return None
     return sketch_weight(weight, quantized=backend is not None)

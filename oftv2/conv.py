@@ -10,6 +10,7 @@ from torch import Tensor
 from . import functional as F
 from .base import OFTLayer
 from .merging import rotated
+from .partitioned import full_shape
 
 
 class OFTConv2d(OFTLayer):
@@ -31,7 +32,7 @@ class OFTConv2d(OFTLayer):
 
     @staticmethod
     def rotated_features(base_layer: Any) -> tuple[int, int]:
-        return base_layer.groups * base_layer.weight[0].numel(), base_layer.groups
+        return base_layer.groups * full_shape(base_layer.weight)[1:].numel(), base_layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rotating:

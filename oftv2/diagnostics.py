@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .base import OFTLayer
 from .errors import AdapterError
+from .partitioned import gathered
 from .rotation import Rotation
+from .sharding import whole_generators
 from .stability import generator_norm, spectral_norm
 from .state import oft_layers
 
@@ -35,10 +37,11 @@ class LayerDiagnostics:
 @torch.no_grad()
 def layer_diagnostics(layer: OFTLayer) -> LayerDiagnostics:
     """The figures of one layer's active adapter, in float64; of several, the worst."""
-    return _worst(
-        rotation_diagnostics(layer.rotations[name], layer.generators[name].detach(), layer.name)
-        for name in layer.sequence
-    )
+    with gathered(layer.generators_of(layer.sequence)):
+        return _worst(
+            rotation_diagnostics(layer.rotations[name], whole_generators(layer, name), layer.name)
+            for name in layer.sequence
+        )
 
 
 @torch.no_grad()
@@ -62,7 +65,7 @@ def rotation_diagnostics(rotation: Rotation, generators: Tensor, name: str) -> L
 
 
 def diagnostics(model: nn.Module) -> dict[str, LayerDiagnostics]:
-    """The figures of every layer with an active adapter by its path.
+    """The figures of every layer with an active adapter by its path; sharded by FSDP2, on every process at once.
 
     Raises:
         AdapterError: the model holds no adapted layer, or a rotation with NaN or Inf.

@@ -11,6 +11,7 @@ from .adapter_file import GENERATORS, PREFIX, AdapterFile
 from .backends import find_backend
 from .errors import AdapterError
 from .merging import scaled_rows
+from .partitioned import full_shape
 from .rotation import Rotation
 from .state import find_state, get_state, layers_of, plain_name, plain_parameter
 from .targets import Target, layer_class_for
@@ -110,7 +111,7 @@ def _check_scale(adapter: AdapterFile, name: str, base: nn.Module) -> list[str]:
 def _can_be_scaled(base: nn.Module, scale: Tensor) -> bool:
     if not isinstance(base, (nn.Linear, nn.Conv2d)) or find_backend(base) is not None:
         return False
-    return base.weight.shape[:1] == scale.shape
+    return full_shape(base.weight)[:1] == scale.shape
 
 
 def check_trained(
@@ -124,7 +125,7 @@ def check_trained(
         problems.append(f"parameters trained in full differ between the file and this model: {listed(other)}")
     for name in adapter.trained:
         try:
-            here = tuple(plain_parameter(model, name).shape)
+            here = tuple(full_shape(plain_parameter(model, name)))
         except AttributeError:
             problems.append(f"{name}: this {type(model).__name__} has no such parameter")
             continue

@@ -15,6 +15,7 @@ from torch import nn
 
 from .adapter_file import CONFIG_FILE, TENSORS_FILE
 from .model_card import CARD_FILE, LIBRARY, is_edited
+from .sharding import check_unsharded
 from .state import find_state
 
 _FILES = (TENSORS_FILE, CONFIG_FILE, CARD_FILE)
@@ -40,6 +41,7 @@ def push_adapters(
 
     from .saving import places, save_adapters  # which imports wrap, which imports pretrained, which imports this
 
+    check_unsharded(model, "call save_pretrained in every process, and upload what that wrote")
     names = places(model, adapter_names)
     api = HfApi(library_name=LIBRARY, token=token)
     repo_id = _made(api, repo_id, options.get("private"), options.get("revision"))

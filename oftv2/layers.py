@@ -11,6 +11,7 @@ from . import functional as F
 from .base import OFTLayer
 from .cost_model import INPUT, WEIGHT, Problem, cheapest, machine
 from .merging import rotated
+from .partitioned import full_shape
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -51,7 +52,7 @@ class OFTLinear(OFTLayer):
 
     @staticmethod
     def rotated_features(base_layer: Any) -> tuple[int, int]:
-        return (base_layer.weight.shape[0] if is_conv1d(base_layer) else base_layer.in_features), 1
+        return (full_shape(base_layer.weight)[0] if is_conv1d(base_layer) else base_layer.in_features), 1
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.rotating:
@@ -114,7 +115,7 @@ class OFTLinear(OFTLayer):
     def out_features(self) -> int:
         """``n``."""
         base = self.base_layer
-        return base.weight.shape[1] if is_conv1d(base) else base.out_features
+        return full_shape(base.weight)[1] if is_conv1d(base) else base.out_features
 
     def unhooked(self) -> bool:
         """Whether calling the base layer runs its class's forward alone."""

@@ -13,7 +13,7 @@ from .adapter_file import (
 )
 from .adapters import check_addable, put
 from .base import DEFAULT_ADAPTER
-from .base_check import compare_base
+from .base_check import compare_base, keep_sketches
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import (
     check_tensors,
@@ -27,7 +27,9 @@ from .fitting import (
 from .gradient_check import check_gradients
 from .merged_before import config_of, merged_before
 from .optimizer_check import watch_optimizers
+from .partitioned import gathered, has_master, refuse_partitioned
 from .reading import read_adapter
+from .sharding import check_unsharded
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
 from .trained import base_values
@@ -82,6 +84,8 @@ def load_adapter(
             f"set_adapter(model, {adapter_name!r})"
         )
     if state is not None and adapter_name in state.configs:
+        check_unsharded(model, "load adapters before")
+        _check_writable(model, adapter_name)
         problems = compare_wrapped(model, adapter, adapter_name) + check_trained(model, adapter, adapter_name)
         _check_fit(model, adapter, folder, problems, check_base)
         if trainable:
@@ -138,7 +142,9 @@ def hotswap_adapter(
             has another block size or other settings there. Nothing is changed then.
     """
     check_known(model, [adapter_name])
+    check_unsharded(model, "load adapters before")
     adapter = _read_for(model, folder, as_trained, adapter_name)
+    _check_writable(model, adapter_name)
     problems = compare_wrapped(model, adapter, adapter_name, subset=True)
     problems += check_trained(model, adapter, adapter_name, subset=True)
     _check_fit(model, adapter, folder, problems, check_base)
@@ -149,12 +155,27 @@ def hotswap_adapter(
     return model
 
 
+def _check_writable(model: nn.Module, adapter_name: str) -> None:
+    """Raises AdapterError where a DeepSpeed engine would write its own copy over what is loaded."""
+    if any(has_master(parameter) for parameter in adapter_parameters(model, adapter_name)):
+        raise AdapterError(
+            f"the adapter {adapter_name!r} is in a DeepSpeed engine, whose next step would write its own copy over "
+            "what is loaded: load the adapter before deepspeed.initialize (or before the trainer starts), or one of "
+            "the engine's checkpoints with its load_checkpoint"
+        )
+
+
 def _read_for(model: nn.Module, folder: str | os.PathLike[str], as_trained: bool, adapter_name: str) -> AdapterFile:
     """The adapter under the names that its layers have in ``model``, where it is to be ``adapter_name``."""
     adapter = read_adapter(folder, as_trained=as_trained)
     if adapter.origin not in ("oftv2", "PEFT"):
         adapter = located(adapter, model)
     if adapter.origin == "PEFT":
+        refuse_partitioned(
+            [(name, p) for name, p in model.named_parameters() if name in adapter.trained],
+            "PEFT's copy of it cannot be compared with it; load the adapter in a process without ZeRO-3, and save it "
+            "with oftv2.save_adapter",
+        )
         adapter = with_scaled_weights(without_copies(adapter, model, adapter_name), model)
     return adapter
 
@@ -165,6 +186,8 @@ def _check_fit(
     """Raises one AdapterError for all that keeps the adapter from fitting."""
     problems = check_tensors(adapter) + problems
     if check_base and not problems:
+        sketched = {name: model.get_submodule(name) for name in adapter.base.get("sketches", {})}
+        keep_sketches({name: getattr(module, "base_layer", module) for name, module in sketched.items()})
         with base_values(model):
             found = merged_before(config_of(model), adapter) or compare_base(model, adapter.base)
         problems += [f"{problem}; check_base=False loads it all the same" for problem in found]
@@ -174,6 +197,11 @@ def _check_fit(
 @torch.no_grad()
 def _copy(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     """Copies the values in; what the adapter lacks gets the identity and the base model's values."""
+    with gathered(adapter_parameters(model, adapter_name), write=True):
+        _write(model, adapter, adapter_name)
+
+
+def _write(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     originals = get_state(model).originals
     for path, layer in layers_of(model, adapter_name).items():
         parameter = layer.generators[adapter_name]

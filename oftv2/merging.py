@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .partitioned import refuse_partitioned
+from .sharding import is_sharded
 
 _VALUES = 1 << 19  # at a time, 2 MB in float32: twice as fast to rotate on a CPU as eight times as much
 
@@ -106,10 +108,14 @@ class MergeableLayer(nn.Module):
             if name not in self.rotations:
                 continue
             generators = self.generators[name]
-            if hasattr(generators, "full_tensor"):
+            refuse_partitioned(
+                ((f"{self.name}: {part}", parameter) for part, parameter in self.named_parameters()),
+                "call save_adapter in every process, and load the adapter into the base model in a process without "
+                "ZeRO-3, or merge with `python -m oftv2 merge`",
+            )
+            if generators.shape != self.rotations[name].shape or is_sharded(generators):
                 raise AdapterError(
-                    f"{self.name}: the generators are sharded (FSDP); call unshard() on the sharded modules first, or "
-                    "load the adapter into a model that is not sharded"
+                    f"{self.name}: the generators are sharded (FSDP): load the adapter into a model that is not"
                 )
             if not generators.isfinite().all():
                 raise AdapterError(f"{self.name}: the generators of {name!r} hold NaN or Inf")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .adapter_file import PREFIX
 from .config import OFTConfig
+from .sharding import plain_path
 from .state import get_state, layers_of, plain_view, trained_parameters
 from .targets import saved_modules
 
@@ -19,7 +20,7 @@ def module_names(model: nn.Module, name: str) -> tuple[list[str] | str, list[str
     state, layers = get_state(model), list(layers_of(model, name))
     config, trained = state.configs[name], state.trained[name]
     with plain_view(model):
-        plain = [path for path, _ in model.named_modules() if path]
+        plain = [plain_path(path) for path, _ in model.named_modules() if path]
         tops = [top for top in saved_modules(model, config) if any(path.startswith(top + ".") for path in trained)]
         problems = _saved_problems(model, tops)
     saved = _saved_names(plain, tops, config, layers)

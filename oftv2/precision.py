@@ -18,7 +18,7 @@ ATTRIBUTE = "_oftv2_float32"
 
 
 @torch.no_grad()
-def restore_float32(model: nn.Module) -> None:
+def restore_float32(model: nn.Module, *, warn: bool = True) -> None:
     """Puts generators that were cast to 16 bit since the last call back into float32, unrounded where possible."""
     kept: dict[int, tuple[nn.Parameter, Tensor]] = model.__dict__.get(ATTRIBUTE, {})
     parameters = [parameter for _, layer in oft_layers(model) for parameter in layer.generators.values()]
@@ -34,7 +34,7 @@ def restore_float32(model: nn.Module) -> None:
             parameter.grad = parameter.grad.to(wide.dtype)
         restored += 1
     model.__dict__[ATTRIBUTE] = {id(parameter): (parameter, parameter.data) for parameter in parameters}
-    if restored:
+    if restored and warn:
         warnings.warn(
             f"the generators of {restored} adapted layers had been cast to 16 bit, as TRL does with all that trains in "
             "a quantized model; they are back in float32, for small updates would be lost in 16 bit",

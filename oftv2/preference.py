@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import AdapterError
-from .state import find_state, get_state, oft_layers, trained_parameters
+from .sharding import check_unsharded
+from .state import find_state, get_state, oft_layers, plain_parameter, trained_parameters
+from .trained import base_values
 
 
 class ReferenceModel(nn.Module):
@@ -38,17 +40,20 @@ class ReferenceModel(nn.Module):
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.__dict__["policy"] = policy  # no submodule: its parameters are the policy's, its mode too
+        check_unsharded(policy, "make its reference_model before")
         state = get_state(policy)
         originals = {
             parameter: state.originals[name]
             for adapter in state.sequence
             for name, parameter in trained_parameters(policy, adapter).items()
         }
-        generators = [packed for _, layer in oft_layers(policy) for packed in layer.generators_of(layer.sequence)]
-        fresh = not any(generator.any() for generator in generators)
+        layers = [layer for _, layer in oft_layers(policy)]
+        fresh = not any(packed.any() for layer in layers for packed in layer.generators_of(layer.sequence))
         fresh = fresh and all(value.equal(parameter.to(value)) for parameter, value in originals.items())
-        trained = [] if fresh else [*generators, *originals]
-        self.__dict__["start"] = [(parameter, parameter.detach().clone()) for parameter in trained]
+        rotations = [(layer, layer.sequence, _frozen_copy(layer.generators)) for layer in layers]
+        self.__dict__["rotations"] = [] if fresh else rotations
+        names = [] if fresh else [name for adapter in state.sequence for name in state.trained[adapter]]
+        self.__dict__["in_full"] = {name: plain_parameter(policy, name).detach().clone() for name in names}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's own call, whatever ``forward`` a trainer puts on the view: it puts the same on the policy."""
@@ -68,29 +73,28 @@ class ReferenceModel(nn.Module):
     def _as_at_the_start(self) -> Iterator[None]:
         from .adapter import disable_adapter  # which imports wrap, which imports pretrained, which imports this
 
-        if not self.start:
+        if not self.rotations:
             with disable_adapter(self.policy):
                 yield
             return
-        layers = [layer for _, layer in oft_layers(self.policy)]
-        modes = [layer.training for layer in layers]
-        now = [parameter.data for parameter, _ in self.start]
-        try:
-            _set_data(self.start)
-            for layer in layers:
-                layer.training = False  # no dropout of blocks
-            yield
-        finally:
-            _set_data(zip((parameter for parameter, _ in self.start), now, strict=True))
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
+        now = [(layer, layer.sequence, layer.generators, layer.training) for layer, *_ in self.rotations]
+        with base_values(self.policy, self.in_full):
+            try:
+                for layer, sequence, generators in self.rotations:
+                    layer.sequence = sequence
+                    # Another module, not other values: FSDP puts its own tensors into the modules that it knows.
+                    layer.generators = generators.to(next(layer.generators.parameters()).device)
+                    layer.training = False  # no dropout of blocks
+                yield
+            finally:
+                for layer, sequence, generators, mode in now:
+                    layer.sequence, layer.generators, layer.training = sequence, generators, mode
 
 
-def _set_data(pairs: Any) -> None:
-    parameter: nn.Parameter
-    value: Tensor
-    for parameter, value in pairs:
-        parameter.data = value.to(parameter.device)
+def _frozen_copy(generators: nn.ParameterDict) -> nn.ParameterDict:
+    return nn.ParameterDict(
+        {name: nn.Parameter(packed.detach().clone(), requires_grad=False) for name, packed in generators.items()}
+    )
 
 
 def reference_model(model: nn.Module) -> ReferenceModel:

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
 from .adapter_file import write_atomically
+from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
+from .fsdp_checkpoints import serve_accelerate
 from .hub import push_adapters, serve_trainer, upload_adapters
 from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
+from .partitioned import filled
 from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
-from .state import adapter_parameters, get_state, plain_name
-from .trained import aside_by_key
+from .sharding import is_sharded, is_writer, unsharded, whole
+from .state import adapter_parameters, get_state
+from .trained import trained_keys
 
 CHECKPOINT_FILE = "model.safetensors"
 
@@ -47,24 +52,30 @@ class WrappedPreTrainedModel:
         """Writes the active adapter as :func:`oftv2.save_adapter` does, and all of them for ``Trainer`` to resume from.
 
         Every other adapter goes into a subfolder of its name, as in PEFT; of several active ones, the first does not.
-        ``selected_adapters`` are those to write so and to upload, where it is not to be all of them.
+        ``selected_adapters`` are those to write so and to upload, where it is not to be all of them. Of a model that
+        FSDP2 shards, every process has to call this, or the first one with the gathered ``state_dict``.
 
         Raises:
-            AdapterError: see :func:`oftv2.save_adapter`; unknown names.
+            AdapterError: see :func:`oftv2.save_adapter`; unknown names; under DeepSpeed ZeRO-3, no ``state_dict``.
         """
         from .saving import places, save_adapters  # which imports wrap, which imports this
 
         assert isinstance(self, nn.Module)
-        if not is_main_process:
+        sharded = any(is_sharded(parameter) for parameter in self.parameters())
+        gathers = sharded and state_dict is None
+        if not (is_main_process or gathers) or (sharded and state_dict == {}):  # gathered for the first process alone
             return
         serve_trainer()  # by the time that a Trainer calls this, it is imported
-        folder = save_adapters(self, save_directory, selected_adapters)
         names = set(trained_keys(self))
-        tensors = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in (state_dict or self.state_dict()).items()
-            if name in names
-        }
+        own = {name: p for name, p in self.named_parameters(remove_duplicate=False) if name in names}
+        given = unsharded(self, self.parameters(), state_dict) if state_dict else nullcontext()
+        with filled(own, state_dict), given:
+            folder = save_adapters(self, save_directory, selected_adapters)
+            state_dict = state_dict or self.state_dict()
+            tensors = {name: whole(tensor) for name, tensor in state_dict.items() if name in names}
+            tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        if gathers and not is_writer():
+            return
         write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         if push_to_hub:
             written = list(places(self, selected_adapters).values())
@@ -113,8 +124,13 @@ class WrappedPreTrainedModel:
         """transformers' way to add an adapter of peft's: refused."""
         self.peft_config[adapter_name or "default"] = adapter_config
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        restore_float32(self, warn=False)  # type: ignore[arg-type]  # DeepSpeed casts, and then moves the model
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
     def train(self, mode: bool = True) -> Any:
         restore_float32(self)  # type: ignore[arg-type]
+        serve_deepspeed()  # by the time that an engine trains this, it is imported
         return super().train(mode)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -196,14 +212,6 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
-def trained_keys(model: nn.Module) -> list[str]:
-    """The state dictionary's keys of all adapters' generators, and of the base parameters that they train in full."""
-    trained = get_state(model).originals
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    names = [name for name in names if ".generators." in name or plain_name(name) in trained]
-    return [*names, *aside_by_key(model)]
-
-
 def present(model: nn.Module) -> None:
     """Gives a transformers model that has been wrapped its subclass; leaves any other model alone."""
     classes = type(model).__mro__
@@ -211,6 +219,7 @@ def present(model: nn.Module) -> None:
         model.__class__ = _wrapped_class(type(model))
         watch(model)
         serve_trl()
+        serve_accelerate()
         tags: Any = getattr(model, "model_tags", None)
         vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
 

@@ -23,13 +23,16 @@ from .adapter_file import (
     write_atomically,
 )
 from .adapters import check_unmerged
-from .base_check import describe_base
+from .base import OFTLayer
+from .base_check import describe_base, keep_sketches
 from .config import OFTConfig
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import check_tensors, listed, refuse
 from .model_card import write_card
+from .partitioned import gathered, is_partitioned
 from .peft_format import peft_layout
-from .state import check_known, get_state, layers_of, trained_parameters
+from .sharding import is_sharded, is_writer, unsharded, whole_generators
+from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
 from .trained import base_values
 
 _MAX_LISTED = 12
@@ -53,6 +56,10 @@ def save_adapter(
     whoever stops the program at any moment finds the old adapter or the new one. The JSON beside it is for PEFT, or for
     people.
 
+    Of a model that FSDP2 or DeepSpeed ZeRO-3 shards, **every process has to call this**: together they gather the
+    adapter, the first one writes it, and the others wait until it is there. Under DDP any of them may call it, or all,
+    with the model inside.
+
     Args:
         model (nn.Module): a wrapped model.
         folder (str | os.PathLike): where to.
@@ -63,8 +70,9 @@ def save_adapter(
         Path: the folder.
 
     Raises:
-        AdapterError: not wrapped, merged, disabled, sharded, or several adapters active and none named; an adapter with
-            NaN or Inf, which is not written over a good one; ``format="peft"`` and one that PEFT cannot express.
+        AdapterError: not wrapped, merged, disabled, sharded by FSDP1, or several adapters active and none named; an
+            adapter with NaN or Inf, which is not written over a good one; ``format="peft"`` and one that PEFT cannot
+            express.
     """
     if format not in (None, "peft", "oftv2"):
         raise AdapterError(f'format={format!r} is not allowed: use "peft", "oftv2" or None')
@@ -72,12 +80,26 @@ def save_adapter(
     name = adapter_name or state.active
     check_known(model, [name])
     check_unmerged(model)
-    layers, trained = layers_of(model, name), trained_parameters(model, name)
-    tensors = {PREFIX + path + GENERATORS: layer.generators[name] for path, layer in layers.items()}
+    layers, parameters = layers_of(model, name), adapter_parameters(model, name)
+    collective = any(is_sharded(parameter) or is_partitioned(parameter) for parameter in parameters)
+    try:
+        with unsharded(model, parameters), gathered(parameters):
+            if collective:
+                keep_sketches({path: layer.base_layer for path, layer in layers.items()})
+            content = _content(model, name, layers, format)
+            return Path(folder) if collective and not is_writer() else _write(folder, *content)
+    finally:
+        if collective:
+            torch.distributed.barrier()  # whichever process reads it next, it is there
+
+
+def _content(
+    model: nn.Module, name: str, layers: dict[str, OFTLayer], format: str | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any] | None]:
+    """An adapter's tensors, its description, and PEFT's description where its layout can hold the adapter."""
+    state, trained = get_state(model), trained_parameters(model, name)
+    tensors = {PREFIX + path + GENERATORS: whole_generators(layer, name) for path, layer in layers.items()}
     tensors |= {PREFIX + path: parameter for path, parameter in trained.items()}
-    sharded = [key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")]
-    if sharded:
-        raise AdapterError(f"not saved: sharded (FSDP) are {listed(sharded)}; call unshard() on those modules first")
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError(f"not saved: NaN or Inf in {listed(bad)}")
@@ -87,7 +109,7 @@ def save_adapter(
     sizes = {path: layer.rotations[name].block_size for path, layer in layers.items()}
     with base_values(model):
         base = describe_base(model, {path: layer.base_layer for path, layer in layers.items()})
-    return _write(folder, tensors, _manifest(state.configs[name], sizes, tuple(trained), base, layout), description)
+    return tensors, _manifest(state.configs[name], sizes, tuple(trained), base, layout), description
 
 
 def places(model: nn.Module, adapter_names: Sequence[str] | None = None) -> dict[str, Path]:
@@ -195,6 +217,6 @@ def _in_peft_layout(
         f'saved in the format "oftv2", which PEFT cannot read, for PEFT cannot express this adapter:\n  {why}{more}\n'
         'format="oftv2" says that this is meant; `python -m oftv2 convert` makes a LoRA of it',
         PeftFormatWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .base import DEFAULT_ADAPTER, OFTLayer
 from .config import OFTConfig
 from .errors import AdapterError
+from .sharding import plain_path
 
 _ATTRIBUTE = "_oftv2"
 
@@ -77,7 +78,7 @@ def inner_model(model: nn.Module) -> str | None:
     if "_orig_mod" in model._modules:
         return "model._orig_mod"
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return "model.module" if parallel else None
+    return "model.module" if parallel or "_fsdp_wrapped_module" in model._modules else None
 
 
 def get_state(model: nn.Module) -> AdapterState:
@@ -99,7 +100,7 @@ def get_state(model: nn.Module) -> AdapterState:
 
 def oft_layers(model: nn.Module) -> Iterator[tuple[str, OFTLayer]]:
     """The adapted layers with their paths, each once."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, OFTLayer))
+    return ((plain_path(name), module) for name, module in model.named_modules() if isinstance(module, OFTLayer))
 
 
 def check_known(model: nn.Module, names: Iterable[str]) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
-from .state import AdapterState, find_state, get_state, plain_parameter, trained_parameters
+from .partitioned import refuse_partitioned
+from .sharding import is_fsdp, is_sharded, plain_path
+from .state import AdapterState, find_state, get_state, plain_name, plain_parameter, trained_parameters
 
 PREFIX = "_oftv2."
 
@@ -34,7 +36,11 @@ def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
     if set(adapter_names) == set(state.sequence):
         return
     exchanged = {name for adapter in {*adapter_names, *state.sequence} for name in state.trained[adapter]}
-    sharded = [name for name in sorted(exchanged) if hasattr(plain_parameter(model, name), "full_tensor")]
+    refuse_partitioned(
+        [(name, plain_parameter(model, name)) for name in sorted(exchanged)],
+        "another adapter's values cannot take its place; call set_adapter on a model without ZeRO-3",
+    )
+    sharded = [name for name in sorted(exchanged) if is_sharded(plain_parameter(model, name))]
     if sharded:
         raise AdapterError(
             f"{sharded[0]} is sharded (FSDP), so another adapter's values cannot take its place: call set_adapter "
@@ -87,14 +93,30 @@ def _place(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def base_values(model: nn.Module) -> Iterator[None]:
-    """Within the context, the base parameters that active adapters train in full have the base model's values."""
+def base_values(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Within the context, the base parameters that active adapters train in full have the base model's values.
+
+    Args:
+        model (nn.Module): a wrapped model, or one that is not, of which nothing changes.
+        values (Mapping[str, torch.Tensor] | None): other values for them, by name.
+
+    Raises:
+        AdapterError: FSDP has put a part of one of them in its place.
+    """
     state = find_state(model) or AdapterState({}, ())
+    values = state.originals if values is None else values
     parameters = {name: p for adapter in state.sequence for name, p in trained_parameters(model, adapter).items()}
+    parameters = {name: parameter for name, parameter in parameters.items() if name in values}
+    for name, parameter in parameters.items():
+        if is_sharded(parameter) or parameter.shape != values[name].shape:
+            raise AdapterError(
+                f"{name} is trained in full and sharded (FSDP), so the base model's value cannot take its place: use "
+                "DDP, or leave out modules_to_save and bias"
+            )
     trained = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = state.originals[name].to(parameter.device, parameter.dtype)
+            parameter.data = values[name].to(parameter.device, parameter.dtype)
         yield
     finally:
         for name, parameter in parameters.items():
@@ -118,6 +140,14 @@ def forget(state: AdapterState, adapter_name: str) -> None:
 # ---------------------------------------------------------------------------------------------- state dictionaries
 
 
+def trained_keys(model: nn.Module) -> list[str]:
+    """The state dictionary's keys of all adapters' generators, and of the base parameters that they train in full."""
+    trained = get_state(model).originals
+    names = [plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name for name in names if ".generators." in name or plain_name(name) in trained]
+    return [*names, *aside_by_key(model)]
+
+
 def add_state_hooks(model: nn.Module) -> None:
     """Has what is set aside saved and loaded with the model's state dictionary."""
     model.register_state_dict_post_hook(_add_aside)
@@ -132,9 +162,12 @@ def remove_state_hooks(model: nn.Module) -> None:
 
 
 def aside_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is set aside, by its key in the model's state dictionary."""
+    """What is set aside, by its key in the model's state dictionary.
+
+    None of it where FSDP2 shards the model: torch looks for a parameter under each key, and it stays as it is there.
+    """
     state = find_state(model)
-    aside = {} if state is None else state.aside
+    aside = {} if state is None or any(map(is_fsdp, model.modules())) else state.aside
     return {f"{PREFIX}{adapter}.{name}": p for adapter, own in aside.items() for name, p in own.items()}
 
 

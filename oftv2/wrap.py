@@ -6,18 +6,22 @@ import dataclasses
 from collections.abc import Container, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base import DEFAULT_ADAPTER, OFTLayer
+from .base_check import keep_sketches
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
+from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
 from .gradient_check import check_gradients
 from .grouping import check_groups, ungroup
 from .grouping import group_projections as group
 from .optimizer_check import watch_optimizers
+from .partitioned import gathered
 from .pretrained import present, unpresent
 from .rotation import Rotation
+from .sharding import check_unsharded
 from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .trained import add_state_hooks, remove_state_hooks, restore_originals
@@ -79,6 +83,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         AdapterError: the model is not wrapped.
     """
     get_state(model)
+    check_unsharded(model, "take the adapters off before, or save them and load them into another model")
     for _, layer in oft_layers(model):
         if layer.merged:
             layer.unmerge()
@@ -126,7 +131,7 @@ def install(
         sequence=(adapter_name,),
         trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         trained={adapter_name: tuple(trained)},
-        originals={name: model.get_parameter(name).detach().clone() for name in trained},
+        originals={name: _value(model.get_parameter(name)) for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
     )
     model.requires_grad_(False)
@@ -138,10 +143,12 @@ def install(
     _use_nested_tensors(model, state, False)
     set_state(model, state)
     present(model)
+    serve_deepspeed()
 
 
 def put_on_targets(model: nn.Module, config: OFTConfig, targets: list[Target], adapter_name: str) -> None:
     """Gives each of the checked targets the adapter: inactive where a layer has others, active in a new layer."""
+    keep_sketches({target.name: target.module for target in targets})
     present = {id(layer.base_layer): layer for _, layer in oft_layers(model)}
     for target in targets:
         if id(target.module) in present:
@@ -236,6 +243,11 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
     if not biases:
         raise AdapterError(f'bias={config.bias!r} would train nothing: there is no bias; use bias="none"')
     return names + [name for name in biases if name not in names]
+
+
+def _value(parameter: nn.Parameter) -> Tensor:
+    with gathered([parameter]):
+        return parameter.detach().clone()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

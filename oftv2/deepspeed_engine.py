@@ -1,0 +1,126 @@
+"""DeepSpeed's engine around a wrapped model: its checkpoints leave the frozen base out.
+
+transformers has them do so for a ``PeftModel``, by arguments. A wrapped model is none, so the engine's class gets other
+defaults for it; arguments that are given are honoured, and engines around other models stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .fitting import listed
+from .partitioned import gathered
+from .state import find_state
+from .trained import trained_keys
+
+
+def serve_deepspeed() -> None:
+    """Gives DeepSpeed's engine, if it is imported, other defaults where its model is wrapped."""
+    engine_class: Any = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    if engine_class is None or hasattr(engine_class, "_oftv2"):
+        return
+    engine_class._oftv2 = True
+    for served in (_served_save, _served_module, _served_load, _served_gathers, _served_state_dict):
+        served(engine_class)
+
+
+def _served_save(engine_class: Any) -> None:
+    original = engine_class.save_checkpoint
+
+    @functools.wraps(original)
+    def save_checkpoint(self: Any, *args: Any, **options: Any) -> Any:
+        if find_state(self.module) is not None and len(args) < 5:  # the fifth is this option
+            options.setdefault("exclude_frozen_parameters", _can_leave_frozen_out(self.module))
+        return original(self, *args, **options)
+
+    engine_class.save_checkpoint = save_checkpoint
+
+
+def _can_leave_frozen_out(model: nn.Module) -> bool:
+    """Whether all that adapters have is saved then; of partitioned parameters, the optimizer saves those that train."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = [parameters[key] for key in trained_keys(model) if key in parameters]
+    return all(parameter.requires_grad or not hasattr(parameter, "ds_id") for parameter in own)
+
+
+def _served_module(engine_class: Any) -> None:
+    original = engine_class.module_state_dict
+
+    @functools.wraps(original)
+    def module_state_dict(self: Any, *args: Any, exclude_frozen_parameters: bool = False, **options: Any) -> Any:
+        if not exclude_frozen_parameters or find_state(self.module) is None:
+            return original(self, *args, exclude_frozen_parameters=exclude_frozen_parameters, **options)
+        # DeepSpeed would leave a tied weight in under its second name, and the scales of 4-bit weights.
+        kept = {*trained_keys(self.module), *(name for name, _ in self.module.named_buffers())}
+        return {key: value for key, value in original(self, *args, **options).items() if key in kept}
+
+    engine_class.module_state_dict = module_state_dict
+
+
+def _served_load(engine_class: Any) -> None:
+    original = engine_class.load_module_state_dict
+
+    @functools.wraps(original)
+    def load_module_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True, **options: Any) -> Any:
+        if strict and find_state(self.module) is not None:
+            strict = not _is_without_base(self.module, checkpoint["module"])
+        return original(self, checkpoint, strict=strict, **options)
+
+    engine_class.load_module_state_dict = load_module_state_dict
+
+
+def _is_without_base(model: nn.Module, saved: dict[str, Tensor]) -> bool:
+    """Whether ``saved`` holds the model's adapters without their base; AdapterError where it lacks some of them."""
+    own = set(trained_keys(model))
+    if any(name in saved for name, _ in model.named_parameters() if name not in own):
+        return False
+    missing = sorted(own - set(saved))
+    unknown = sorted(name for name in saved if ".generators." in name and name not in own)
+    if missing or unknown:
+        raise AdapterError(
+            f"the checkpoint is of other adapters than this model's, and was not loaded: it lacks {listed(missing)} "
+            f"and has {listed(unknown)} besides"
+        )
+    return True
+
+
+def _served_gathers(engine_class: Any) -> None:
+    original = engine_class.zero_gather_16bit_weights_on_model_save
+
+    @functools.wraps(original)
+    def zero_gather_16bit_weights_on_model_save(self: Any) -> bool:
+        return find_state(self.module) is not None or original(self)
+
+    engine_class.zero_gather_16bit_weights_on_model_save = zero_gather_16bit_weights_on_model_save
+
+
+def _served_state_dict(engine_class: Any) -> None:
+    original = engine_class._zero3_consolidated_16bit_state_dict
+
+    @functools.wraps(original)
+    def _zero3_consolidated_16bit_state_dict(self: Any, *args: Any, **options: Any) -> Any:
+        if args or options or find_state(self.module) is None:
+            return original(self, *args, **options)
+        values = adapter_values(self.module)
+        return values if torch.distributed.get_rank() == 0 else None
+
+    engine_class._zero3_consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+
+
+def adapter_values(model: nn.Module) -> dict[str, Tensor]:
+    """All adapters' values by their keys in the model's state dictionary; a collective operation under ZeRO-3."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    aside = model.state_dict()
+    values = {}
+    for key in trained_keys(model):
+        tensor = parameters.get(key, aside.get(key))
+        assert tensor is not None
+        with gathered([tensor]):
+            values[key] = tensor.detach().cpu().clone()
+    return values

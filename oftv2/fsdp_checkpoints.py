@@ -1,0 +1,70 @@
+"""What ``Trainer`` saves of a wrapped model under FSDP, and resumes from: the adapters, and not the base.
+
+It asks accelerate to save "the adapter only", and accelerate does so for peft's models alone; of any other it would put
+the whole base into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+from torch import nn
+
+from .errors import AdapterError
+from .sharding import plain_path, whole
+from .state import find_state, plain_name
+
+
+def serve_accelerate() -> None:
+    """Has accelerate, if it is imported, take a wrapped model's adapters for the part that it saves on its own."""
+    module: Any = sys.modules.get("accelerate.utils.fsdp_utils")
+    for name, function in (("_get_model_state_dict", _get), ("_set_model_state_dict", _set)):
+        original = getattr(module, name, None)
+        if original is not None and not hasattr(original, "_oftv2"):
+            replacement: Any = functools.wraps(original)(functools.partial(function, original))
+            replacement._oftv2 = True
+            setattr(module, name, replacement)
+
+
+def _get(original: Any, model: nn.Module, adapter_only: bool = False, sd_options: Any = None) -> Any:
+    """The adapters' part of a model's state dictionary, sharded or gathered as is asked for."""
+    if not (adapter_only and (names := _names(model))):
+        return original(model, adapter_only=adapter_only, sd_options=sd_options)
+    tensors = {plain_path(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in names}
+    if sd_options is not None and sd_options.full_state_dict:  # FSDP1 has gathered them by now
+        return {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+    return tensors
+
+
+def _set(
+    original: Any, model: nn.Module, state_dict: dict[str, Any], adapter_only: bool = False, sd_options: Any = None
+) -> Any:
+    """Loads what :func:`_get` returned; processes that get nothing are sent it by the first one."""
+    if not (adapter_only and (names := _names(model))):
+        return original(model, state_dict, adapter_only=adapter_only, sd_options=sd_options)
+    if state_dict and state_dict.keys() != names:
+        differ = sorted(state_dict.keys() ^ names)
+        raise AdapterError(
+            f"the checkpoint is not of this model's adapters: {differ[0]} is in one of them alone (and {len(differ)} "
+            "names are in all); wrap the model as it was wrapped when the checkpoint was saved"
+        )
+    if sd_options is None:
+        return model.load_state_dict(state_dict, strict=False)
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    return set_model_state_dict(model, state_dict, options=dataclasses.replace(sd_options, strict=False))
+
+
+def _names(model: Any) -> set[str]:
+    """The state dictionary's keys of the adapters in a model that FSDP shards; none of a model that is not wrapped."""
+    from accelerate.utils.other import extract_model_from_parallel
+
+    state = find_state(extract_model_from_parallel(model, keep_torch_compile=False))
+    if state is None:
+        return set()
+    names = [plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {name for name in names if ".generators." in name or plain_name(name) in state.originals}
