@@ -112,7 +112,7 @@ def _weight(p: Problem, on: Machine) -> float:
     if not p.gradient:
         return seconds
     moved, operations = 2 * size + 2 * reduced * p.itemsize, 2 * products + 2 * reduced * p.block_size
-    return seconds + _step(on, moved, operations, launches + 2)
+    return seconds + _step(on, moved, operations, launches + 4)  # Δ, ∂Δ, its sum, times R⁻ᵀ, to the generators
 
 
 def _fused(p: Problem, on: Machine) -> float:
