@@ -9,13 +9,13 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed_models import IDS, base, compare, config, engine_of, partitioned_base, train_alone, values, wrapped
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import oftv2
 from conftest import assert_close, randomize
+from deepspeed_models import IDS, base, compare, config, engine_of, partitioned_base, train_alone, values, wrapped
 from oftv2 import AdapterError
 from peers import output
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
-from deepspeed_models import IDS, adam, base, compare, config, engine_of, train, values, wrapped
-from deepspeed_partitions import PARTITIONS
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import oftv2
+from deepspeed_models import IDS, adam, base, compare, config, engine_of, train, values, wrapped
+from deepspeed_partitions import PARTITIONS
 from oftv2 import AdapterError
 from oftv2.partitioned import gathered
 from trainer_runs import ROWS, arguments, load

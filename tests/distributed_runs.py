@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,63 +19,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
+import distributed_trainers  # noqa: F401  (registers its runs)
 import oftv2
-import trainer_runs
-import trl_runs
-from byte_tokenizer import byte_tokenizer
 from conftest import randomize
-from oftv2.callbacks import OFTCallback
-
-IDS = (torch.arange(240).view(24, 10) * 7) % 128
-ROWS = [{"input_ids": row, "labels": row} for row in IDS]
-RUNS: dict[str, Callable[[Path, int, int], Any]] = {}
-
-
-def make_base(folder: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
-def base(folder: Path, kind: str) -> Any:
-    """The model in ``folder / "base"``, in a dtype, or in NF4 whose bytes are stored as a dtype."""
-    if not kind.startswith("nf4"):
-        return LlamaForCausalLM.from_pretrained(folder / "base", dtype=getattr(torch, kind))
-    dtype = torch.bfloat16 if kind == "nf4-bfloat16" else torch.float32
-    storage = getattr(torch, kind.removeprefix("nf4-"))
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage
-    )
-    return LlamaForCausalLM.from_pretrained(folder / "base", quantization_config=config, device_map="cpu", dtype=dtype)
-
-
-def whole(tensor: Any) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def generators(model: nn.Module) -> list[Tensor]:
-    return [whole(parameter) for name, parameter in model.named_parameters() if ".generators." in name]
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def run(name: str) -> Callable[[Callable], Callable]:
-    """Registers a run under a name."""
-    return lambda function: RUNS.setdefault(name, function)
-
+from distributed_models import (
+    IDS,
+    RUNS,
+    base,
+    forget_accelerate,
+    fsdp_on_cpu,
+    generators,
+    make_base,
+    run,
+    whole,
+)
 
 # ---------------------------------------------------------------------------------------------- plain torch
 
@@ -152,25 +113,6 @@ def save_at_once(folder: Path, rank: int, world: int) -> bool:
 # ---------------------------------------------------------------------------------------------- accelerate
 
 
-def fsdp_on_cpu() -> None:
-    """accelerate shards on accelerators alone; in these runs on a CPU too."""
-    original = AcceleratorState.__init__
-
-    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:  # noqa: N807
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-        if self.__dict__.get("fsdp_plugin") is not None:
-            self.distributed_type = DistributedType.FSDP
-
-    AcceleratorState.__init__ = __init__
-
-
-def forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-
-
 class Loop:
     """A training loop as accelerate's documentation writes it."""
 
@@ -220,85 +162,6 @@ def loop(folder: Path, world: int, *, fsdp: bool) -> dict[str, Any]:
 
 run("loop-ddp")(lambda folder, rank, world: loop(folder, world, fsdp=False))
 run("loop-fsdp")(lambda folder, rank, world: loop(folder, world, fsdp=True))
-
-
-# ---------------------------------------------------------------------------------------------- Trainer, TRL
-
-
-def sharded(world: int, **config: Any) -> dict[str, Any]:
-    return {"fsdp": True, "fsdp_config": config} if world > 1 else {}
-
-
-TRAINERS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "trainer-ddp": ("float32", None),
-    "trainer-ddp-nf4": ("nf4-uint8", None),
-    "trainer-fsdp": ("float32", {"activation_checkpointing": True}),
-    "trainer-fsdp-sharded": ("bfloat16", {"state_dict_type": "SHARDED_STATE_DICT"}),
-    "trainer-fsdp-nf4": ("nf4-bfloat16", {}),
-}
-
-
-def trainer(folder: Path, world: int, name: str, kind: str, config: dict[str, Any] | None) -> dict[str, Any]:
-    """A run whose second checkpoint of three is the best, and the same again from the first checkpoint on."""
-
-    def train(place: str, **options: Any) -> Trainer:
-        forget_accelerate()
-        scores = iter([2.0, 1.0, 3.0] if place == "straight" else [1.0, 3.0])
-        fields = {} if config is None else sharded(world, **config)
-        args = trainer_runs.arguments(
-            folder / f"{name}-{world}" / place,
-            per_device_train_batch_size=4 // world, save_steps=2, eval_strategy="steps", eval_steps=2,
-            load_best_model_at_end=place == "straight", metric_for_best_model="score", greater_is_better=False,
-            **fields,
-        )  # fmt: skip
-        model = oftv2.wrap_model(base(folder, kind), block_size=16)
-        made = Trainer(
-            model, args, train_dataset=ROWS, eval_dataset=ROWS[:4], callbacks=[OFTCallback()],
-            compute_metrics=lambda _: {"score": next(scores)},
-        )  # fmt: skip
-        made.train(**options)
-        return made
-
-    straight = train("straight")
-    straight.save_model(str(folder / f"{name}-{world}" / "final"))
-    oftv2.save_adapter(straight.accelerator.unwrap_model(straight.model), folder / f"{name}-{world}" / "own")
-    best = generators(straight.model)
-    checkpoint = str(folder / f"{name}-{world}" / "straight" / "checkpoint-2")
-    resumed = train("resumed", resume_from_checkpoint=checkpoint)
-    return {
-        "losses": losses(straight),
-        "angles": [entry["oft/rotation_angle"] for entry in straight.state.log_history if "loss" in entry],
-        "resumed": losses(resumed)[-4:],
-        "best": best,
-        "best_checkpoint": straight.state.best_model_checkpoint,
-        "last": generators(resumed.model),
-    }
-
-
-for _name, (_kind, _config) in TRAINERS.items():
-    run(_name)(
-        lambda folder, rank, world, name=_name, kind=_kind, config=_config: trainer(folder, world, name, kind, config)
-    )
-
-PREFERENCES = {"sft-ddp": False, "dpo-ddp": False, "dpo-fsdp": True}
-
-
-def trl(folder: Path, world: int, name: str, *, fsdp: bool) -> dict[str, Any]:
-    """TRL's trainers; the reference of DPO is an adapter that has learned something."""
-    forget_accelerate()
-    model = oftv2.wrap_model(base(folder, "nf4-uint8" if name == "dpo-ddp" else "float32"), block_size=16)
-    make = trl_runs.sft
-    if name != "sft-ddp":
-        make = trl_runs.dpo
-        randomize(model, std=0.02)
-    options = sharded(world) if fsdp else {}
-    made = make(model, folder / f"{name}-{world}", per_device_train_batch_size=4 // world, **options)
-    made.train()
-    return {"losses": losses(made), "generators": generators(made.model)}
-
-
-for _name, _fsdp in PREFERENCES.items():
-    run(_name)(lambda folder, rank, world, name=_name, fsdp=_fsdp: trl(folder, world, name, fsdp=fsdp))
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -19,7 +19,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import oftv2
 from conftest import assert_close, randomize
-from distributed_runs import PLAIN, PREFERENCES, TRAINERS, base, generators
+from distributed_models import base, generators
+from distributed_runs import PLAIN
+from distributed_trainers import PREFERENCES, TRAINERS
 from oftv2 import AdapterError, load_adapter, merge, save_adapter, wrap_model
 
 # Two halves of a batch are summed in another order than the batch; bf16 activations round at each step.
