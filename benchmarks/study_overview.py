@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from study_plan import METHODS, TASKS, Row, plan
-from study_report import BASES, Results, label, markdown, neumann_table, prose, quality, show, verdicts
+from study_report import BASES, Results, grid_table, label, markdown, neumann_table, prose, quality, show, verdicts
 from study_results import read
 from study_stats import interval
 
@@ -44,4 +44,13 @@ def overview(path: Path) -> str:
     ]
     if (terms := neumann_table(results)).count("\n") > 1:
         parts += ["Neumann terms, on sums (one seed; the paper's Table 10):", terms]
+    for study, title in (
+        (
+            "scaling",
+            "Does one learning rate fit all block sizes? On sums (40 steps, one seed), plain and scaled generators:",
+        ),
+        ("stability", "Learning rates far above the useful ones, on sums (40 steps, one seed):"),
+    ):
+        if (table := grid_table(results, study)).count("\n") > 1:
+            parts += [title, table]
     return "\n\n".join(parts) + "\n"
