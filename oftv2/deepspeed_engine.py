@@ -85,7 +85,7 @@ def _is_without_base(model: nn.Module, saved: dict[str, Tensor]) -> bool:
     if missing or unknown:
         raise AdapterError(
             f"the checkpoint is of other adapters than this model's, and was not loaded: it lacks {listed(missing)} "
-            f"and has {listed(unknown)} besides"
+            f"and has {listed(unknown)} besides; wrap the model as it was wrapped when the checkpoint was saved"
         )
     return True
 

@@ -49,8 +49,8 @@ def _set(
     if state_dict and state_dict.keys() != names:
         differ = sorted(state_dict.keys() ^ names)
         raise AdapterError(
-            f"the checkpoint is not of this model's adapters: {differ[0]} is in one of them alone (and {len(differ)} "
-            "names are in all); wrap the model as it was wrapped when the checkpoint was saved"
+            f"the checkpoint is not of this model's adapters: {differ[0]} is in one of them alone ({len(differ)} such "
+            "names in all); wrap the model as it was wrapped when the checkpoint was saved"
         )
     if sd_options is None:
         return model.load_state_dict(state_dict, strict=False)
