@@ -148,6 +148,29 @@ def rows_cases() -> Iterator[Case]:
     yield Case("rotate rows forward bf16 b=32 one token each", partial(rows_forward, BF16, 32, 1))
 
 
+def segments_forward(dtype: torch.dtype, b: int, device: torch.device) -> object:
+    return rotate_rows.rotate_segments(*segments_of_experts(dtype, b, device))
+
+
+def segments_delta_grad(dtype: torch.dtype, b: int, device: torch.device) -> object:
+    x, *rest = segments_of_experts(dtype, b, device)
+    return rotate_rows.rotate_segments_delta_grad(x, x, *rest)
+
+
+def segments_of_experts(dtype: torch.dtype, b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens sorted by expert, Δ of each expert, and where its tokens end."""
+    ends = torch.empty(ROWS, dtype=torch.int32, device=device)
+    return activations(dtype, b, TOKENS, device), delta(b, device).expand(ROWS, -1, -1, -1), ends
+
+
+def segments_cases() -> Iterator[Case]:
+    for dtype, b in [*((BF16, b) for b in BLOCK_SIZES), *((FP32, b) for b in BLOCK_SIZES), (FP16, 32)]:
+        if rotate.supports(dtype, b):
+            how = f"{SHORT[dtype]} b={b}"
+            yield Case(f"rotate segments forward {how}", partial(segments_forward, dtype, b))
+            yield Case(f"rotate segments gradient of Δ {how}", partial(segments_delta_grad, dtype, b))
+
+
 # ------------------------------------------------------------------------------------------------------ rotate_matmul
 
 
@@ -230,4 +253,4 @@ def nf4_cases() -> Iterator[Case]:
         yield Case(name, partial(matmul_4bit, dtype, b, tokens, double))
 
 
-CASES = [*cayley_cases(), *rotate_cases(), *rows_cases(), *matmul_cases(), *nf4_cases()]
+CASES = [*cayley_cases(), *rotate_cases(), *rows_cases(), *segments_cases(), *matmul_cases(), *nf4_cases()]

@@ -17,6 +17,7 @@ from torch import Tensor
 from oftv2._ops import DEFAULTS, check_features, check_rotation
 from oftv2._quant_ops import Weight4bit
 from oftv2._row_ops import check_rows
+from oftv2._segment_ops import check_segments
 
 _OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -188,6 +189,24 @@ def _rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tenso
     from . import rotate_rows
 
     return rotate_rows.rotate_rows_delta_grad(grad, x, deltas, rows).sum(0).to(deltas.dtype)
+
+
+@_kernel("rotate_segments", when=lambda x, deltas, ends: rotates(x, deltas.shape[-1]))
+def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
+    from . import rotate_rows
+
+    check_segments(x, deltas, ends)
+    return rotate_rows.rotate_segments(x, deltas, ends)
+
+
+@_kernel(
+    "rotate_segments_delta_grad",
+    when=lambda grad, x, deltas, ends: rotates(x, deltas.shape[-1]) and grad.dtype == x.dtype,
+)
+def _rotate_segments_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
+    from . import rotate_rows
+
+    return rotate_rows.rotate_segments_delta_grad(grad, x, deltas, ends).sum(0).to(deltas.dtype)
 
 
 def _multiplies(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -16,7 +16,9 @@ from .errors import (
     PeftRepairWarning,
     RequantizationWarning,
     StabilityWarning,
+    TargetWarning,
 )
+from .experts import OFTExperts
 from .explain import Explanation, explain
 from .grouping import group_projections
 from .layers import OFTEmbedding, OFTLinear
@@ -39,6 +41,7 @@ __all__ = [
     "OFTConfig",
     "OFTConv2d",
     "OFTEmbedding",
+    "OFTExperts",
     "OFTLayer",
     "OFTLinear",
     "OptimizerWarning",
@@ -48,6 +51,7 @@ __all__ = [
     "ReferenceModel",
     "RequantizationWarning",
     "StabilityWarning",
+    "TargetWarning",
     "accelerate_peft",
     "active_adapters",
     "adapter_names",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _bitsandbytes as bnb
-from .merging import with_weight
+from .merging import with_weights
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _requantize_torchao(module: Any, weight: Tensor) -> nn.Module:
     else:
         new = kind.from_hp(weight, block, old.target_dtype, mapping_type=mapping)
         new.scale = new.scale.to(old.scale.dtype)
-    return with_weight(module, new)
+    return with_weights(module, {"weight": new})
 
 
 def _torchao_activations(module: Any) -> str | None:

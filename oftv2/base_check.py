@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import is_experts
 from .partitioned import gathered, is_partitioned
 from .quant import find_backend
 from .sharding import class_name, unsharded
@@ -90,7 +91,7 @@ def sketch(module: Any) -> dict[str, Any] | None:
         return getattr(module.weight, "_oftv2_sketch", None)
     with unsharded(module, module.parameters()):
         if backend is None:
-            weight: Tensor | None = getattr(module, "weight", None)
+            weight: Tensor | None = module.down_proj if is_experts(module) else getattr(module, "weight", None)
         else:
             weight = None if backend.dequantize is None else backend.dequantize(module)
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() < 2:

@@ -17,12 +17,15 @@ from .base_check import compare_sketches, sketch_weight, sketched_rows
 from .checkpoint import Checkpoint
 from .checkpoint_config import Changes, class_notes, merged_config, with_labels
 from .checkpoint_names import StoredNames, empty_model, load_config, model_class, stored_names
+from .experts import OFTExperts
 from .fitting import check_tensors, check_trained, compare_plain, listed, refuse
 from .merged_before import merged_before, with_adapter
 from .quant import QuantOFTLinear
 from .safetensors_stream import DTYPES, Entry
 from .single_file import located
 from .targets import Target
+
+_IN_MEMORY = "Merge in memory: load the model, oftv2.load_adapter, oftv2.merge, save_pretrained"
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,10 @@ class _Draft:
             for target in targets
             if target.layer_class is QuantOFTLinear
         ]
+        experts = [target.name for target in targets if target.layer_class is OFTExperts]
+        self.problems += [
+            f"{name} are experts with stacked weights, which stay as they are here: {_IN_MEMORY}" for name in experts
+        ]
         self.apart: list[str] = []
         self.sources: dict[str, str | None] = {}
         self._targets = {id(target.module): target for target in targets}
@@ -191,10 +198,7 @@ class _Draft:
             if self.names.converted
             else "no tensor is loaded into it"
         )
-        return (
-            f"{name} is not in the checkpoint under a name of its own: {why}. Merge in memory: load the model, "
-            "oftv2.load_adapter, oftv2.merge, save_pretrained"
-        )
+        return f"{name} is not in the checkpoint under a name of its own: {why}. {_IN_MEMORY}"
 
     def _unfit(self, name: str, key: str) -> str | None:
         entry, shape = self.base.entry(key), tuple(self.model.get_parameter(name).shape)

@@ -21,6 +21,7 @@ from .adapter_file import CONFIG_FILE, PREFIX, TENSORS_FILE, write_atomically
 from .base import OFTLayer
 from .conv import OFTConv2d
 from .errors import AdapterError
+from .experts import OFTExperts
 from .layers import OFTEmbedding, is_conv1d
 from .merging import rotated
 from .peft_names import base_description, module_names, trained_tensors
@@ -89,6 +90,9 @@ def save_as_lora(
     name, layers = state.active, layers_of(model, state.active)
     targets, saved, problems = module_names(model, name)
     problems += [f"{path} has groups, which PEFT's LoRA does not take" for path in layers if _has_groups(layers[path])]
+    problems += [
+        f"{path} are experts: no LoRA is made of those" for path in layers if isinstance(layers[path], OFTExperts)
+    ]
     problems += [f"{path}: the adapter is merged; call unmerge first" for path in layers if layers[path].merged]
     if problems:
         raise AdapterError("not converted:\n  " + "\n  ".join(problems))

@@ -13,6 +13,10 @@ class OptimizerWarning(UserWarning):
     """An optimizer that trains nothing of the adapter, because it was made before the adapter was there."""
 
 
+class TargetWarning(UserWarning):
+    """Weights that ``"all-linear"`` leaves out, though they multiply most of what goes through the model."""
+
+
 class PeftFormatWarning(UserWarning):
     """An adapter that PEFT cannot read as it is, or one of PEFT's that reads otherwise here than there."""
 

@@ -56,6 +56,8 @@ def blocks_gradient(module: nn.Module) -> str | None:
         return None
     finally:
         module.train(training)
+    if not isinstance(y, torch.Tensor):
+        return f"what it returns is a {type(y).__name__} and no linear layer's output"
     if torch.equal(y[0, 0], y[0, 1]):  # a weight of zeros: there is nothing to tell
         return None
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class MergeableLayer(nn.Module):
     def merged_base(self, delta: Tensor) -> nn.Module:
         """A base layer that does on its own what the rotation by ``I + Δ`` and the present one do together."""
         weight = self.rotated_weight(self.base_layer, self.base_layer.weight.detach(), delta)
-        return with_weight(self.base_layer, weight)
+        return with_weights(self.base_layer, {"weight": weight})
 
     @staticmethod
     def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
@@ -121,12 +121,13 @@ class MergeableLayer(nn.Module):
                 raise AdapterError(f"{self.name}: the generators of {name!r} hold NaN or Inf")
 
 
-def with_weight(module: Any, weight: Tensor) -> nn.Module:
-    """A copy of ``module`` (class, attributes, hooks) with another weight; a tied weight is left to its peers."""
+def with_weights(module: Any, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``module`` (class, attributes, hooks) with other weights; a tied weight is left to its peers."""
     clone = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(clone, registry, dict(getattr(module, registry)))
-    clone.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    for name, weight in weights.items():
+        setattr(clone, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))
     return clone
 
 

@@ -16,6 +16,7 @@ from .adapter_file import GENERATORS, PREFIX
 from .base import OFTLayer
 from .config import OFTConfig
 from .conv import OFTConv2d
+from .experts import OFTExperts
 from .functional import effective_generators
 from .layers import OFTEmbedding, is_conv1d
 from .peft_config import to_peft
@@ -132,6 +133,8 @@ def _layer_problems(model: nn.Module, path: str, layer: OFTLayer) -> list[str]:
         return [f"{path} is one module under several paths ({', '.join(paths)}), of which PEFT would adapt the first"]
     if is_conv1d(base):
         return [f"{path} is a Conv1D, and PEFT's OFT takes none"]
+    if isinstance(layer, OFTExperts):
+        return [f"{path} are experts with stacked weights ({type(base).__name__}), and PEFT's OFT takes none"]
     if isinstance(layer, OFTConv2d) and (set(base.kernel_size) != {1} or set(base.dilation) != {1}):
         return [
             f"{path} is a Conv2d with kernel {tuple(base.kernel_size)} and dilation {tuple(base.dilation)}: PEFT's OFT "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ from torch import nn
 from .base import OFTLayer
 from .config import ALL_LINEAR, OFTConfig
 from .conv import OFTConv2d
-from .errors import AdapterError
+from .errors import AdapterError, TargetWarning
+from .experts import OFTExperts, holds_experts, is_experts
 from .layers import OFTEmbedding, OFTLinear, is_conv1d
 from .quant import QuantOFTLinear, find_backend
+
+_TO_BE_NAMED = (OFTEmbedding, OFTConv2d, OFTExperts)
+_WANT_NAMING = "embeddings, convolutions and experts want naming"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def layer_class_for(module: nn.Module, *, named: bool = False) -> type[OFTLayer]
         return OFTEmbedding
     if isinstance(module, nn.Conv2d):
         return OFTConv2d
+    if is_experts(module):
+        return OFTExperts
     return QuantOFTLinear if named and hasattr(module, "in_features") and hasattr(module, "out_features") else None
 
 
@@ -84,7 +91,7 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
         if layer_class is None:
             raise AdapterError(
                 f"{name} is a {type(module).__name__}, which cannot be adapted; target nn.Linear, Conv1D, "
-                "nn.Embedding, nn.Conv2d or quantized linear modules"
+                "nn.Embedding, nn.Conv2d, quantized linear modules or transformers' experts"
             )
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise AdapterError(
@@ -96,13 +103,15 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
             raise AdapterError(f"{name}: this {kind} does not know its size until the model is called once")
         targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, sizes.get(name)))
     if not targets:
-        others = [name for name in names if layer_class_for(modules[name]) in (OFTEmbedding, OFTConv2d)]
-        hint = f"; embeddings and convolutions want naming: target_modules=[{others[0]!r}]" if others else ""
+        others = [name for name in names if layer_class_for(modules[name]) in _TO_BE_NAMED]
+        hint = f"; {_WANT_NAMING}: target_modules=[{others[0]!r}]" if others else ""
         raise AdapterError(
             f"nothing to adapt in this {type(model).__name__}: no module matches target_modules="
             f"{config.target_modules!r} with exclude_modules={config.exclude_modules!r} and layers={config.layers!r}"
             f"{hint}"
         )
+    if _takes_all_linear(config):
+        _warn_of_experts(modules, {id(target.module) for target in targets} | left_out)
     return targets
 
 
@@ -140,17 +149,45 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _chosen_names(model: nn.Module, config: OFTConfig, names: list[str], modules: dict[str, nn.Module]) -> list[str]:
-    if config.target_modules != ALL_LINEAR:
-        return _matching(names, config.target_modules, "target_modules")
+    wanted = config.target_modules
+    if not _takes_all_linear(config):
+        return _matching(names, wanted, "target_modules")
+    entries = [] if isinstance(wanted, str) else [entry for entry in wanted if entry != ALL_LINEAR]
+    named = _matching(names, entries, "target_modules")
     language, heads = output_heads(model)
     outside = language | heads
-    return [
+    linear = [
         name
         for name in names
         if layer_class_for(modules[name]) in (OFTLinear, QuantOFTLinear)
         and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)  # reads the weight, never calls
+        and not type(modules[name]).__name__.endswith("Router")  # Llama 4's and PhiMoE's: they return tuples
         and not any(name == head or name.startswith(head + ".") for head in outside)
     ]
+    either = {*linear, *named}
+    return [name for name in names if name in either]
+
+
+def _takes_all_linear(config: OFTConfig) -> bool:
+    """Whether the targets are every linear layer, perhaps with others."""
+    wanted = config.target_modules
+    return wanted == ALL_LINEAR if isinstance(wanted, str) else ALL_LINEAR in wanted
+
+
+def _warn_of_experts(modules: dict[str, nn.Module], known: set[int]) -> None:
+    """A TargetWarning where experts with stacked weights are neither adapted nor excluded."""
+    found = [name for name, module in modules.items() if id(module) not in known and holds_experts(module, name)]
+    if not found:
+        return
+    module, last = modules[found[0]], found[0].rpartition(".")[2]
+    rotates = f"target_modules=[{ALL_LINEAR!r}, {last!r}] rotates each expert on its own"
+    warnings.warn(
+        f"{ALL_LINEAR!r} leaves the experts of {len(found)} modules ({found[0]}, a {type(module).__name__}, …) as they "
+        f"are, most of the weights as a rule: {rotates if is_experts(module) else 'this kind cannot be adapted'}. "
+        f"exclude_modules=[{last!r}] spares this warning",
+        TargetWarning,
+        stacklevel=4,
+    )
 
 
 def _matching(names: list[str], wanted: str | Iterable[str], field: str) -> list[str]:

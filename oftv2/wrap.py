@@ -239,7 +239,8 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
     if config.bias == "all":
         biases = [name for name in everything if "bias" in name.split(".")[-1]]
     else:
-        biases = [f"{t.name}.bias" for t in targets if isinstance(getattr(t.module, "bias", None), nn.Parameter)]
+        own = ((t.name, leaf) for t in targets for leaf, _ in t.module.named_parameters(recurse=False))
+        biases = [f"{name}.{leaf}" for name, leaf in own if leaf == "bias" or leaf.endswith("_bias")]
     if not biases:
         raise AdapterError(f'bias={config.bias!r} would train nothing: there is no bias; use bias="none"')
     return names + [name for name in biases if name not in names]
