@@ -53,6 +53,7 @@ SUITES = {
     "merge": "suite_merge:measure",
     "wrap": "suite_wrap:measure",
     "rows": "suite_rows:measure",
+    "experts": "suite_experts:measure",
     "quality": "study:quality",
     "forgetting": "study:forgetting",
 }

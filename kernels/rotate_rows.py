@@ -86,7 +86,8 @@ def _added(
 def _delta_grad(
     grad, x, partial, rows,
     num_rows, T, columns, num_blocks, grad_row_stride, grad_stride, x_row_stride, x_stride, share,
-    SEGMENTS: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     adapter = tl.program_id(0)
     first = tl.program_id(1) // (TILE // WIDTH) * (TILE // B)

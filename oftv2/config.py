@@ -41,8 +41,9 @@ class OFTConfig:
         parametrization: ``"cayley_neumann"`` (the truncated series, no inverse), ``"cayley"`` (the exact transform
             ``(I + Q)(I − Q)⁻¹``, orthogonal for every ``Q``) or ``"neumann"`` (``I + 2Q + … + 2Qᵏ``, far less
             orthogonal: what PEFT before 0.18 used, to load its adapters exactly).
-        target_modules: ``"all-linear"`` (every linear layer but the output head), a regular expression that must match
-            the whole module path, or a list of names, each an exact module path or its last components.
+        target_modules: ``"all-linear"`` (every linear layer but the output head, and but experts in stacked weights),
+            a regular expression that must match the whole module path, or a list of names, each an exact module path
+            or its last components; ``"all-linear"`` may be one of them.
         exclude_modules: like ``target_modules``; what matches is left alone, with all that is inside it.
         layers: only modules inside these transformer layers (the first number in the module path).
         layers_pattern: names of the lists that ``layers`` counts in, such as ``"layers"`` or ``"h"``; ``None`` takes

@@ -245,6 +245,17 @@ def test_benchmark_on_tiny_sizes() -> None:
     assert in_fresh_process("suite_rows:memory_growth", count=64, **how) > 2**20
 
 
+def test_experts_beside_peft(tmp_path) -> None:
+    peft_oft, frozen, oft, lora = quick("experts", tmp_path)
+    assert [row["method"] for row in (peft_oft, frozen, oft, lora)] == ["peft-oft", "frozen", "oft", "lora"]
+    assert oft["trainable"] == 4 * (64 + 32) * 31 // 2
+    assert lora["trainable"] == 4 * 16 * (64 + 64 + 32 + 64)
+    assert frozen["saved_bytes"] < oft["saved_bytes"] < lora["saved_bytes"]
+    assert oft["error"] < 1e-5
+    assert frozen["over_frozen"] == lora["over_lora"] == 1
+    assert peft_oft["missing"] == "PEFT's OFT takes no stacked weights"
+
+
 def test_the_command(tmp_path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py")]
     done = subprocess.run(

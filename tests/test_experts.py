@@ -34,6 +34,7 @@ SIZES = {
 }
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 # (module, class, configuration): with a gate; transposed with biases, interleaved; without a gate; with a norm
+TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 KINDS = {
     "qwen3_moe": ("Qwen3MoeExperts", "Qwen3MoeConfig"),
     "gpt_oss": ("GptOssExperts", "GptOssConfig"),
@@ -90,7 +91,9 @@ def gradients(call, *leaves):
 
 
 class TestLayer:
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
+    )
     @pytest.mark.parametrize("kind", KINDS)
     def test_agrees_with_rotated_weights(self, kind, dtype, tolerance):
         base = experts(kind, dtype)
@@ -157,7 +160,9 @@ class TestLayer:
         actual = layer(*inputs)
         base = layer.base_layer
         once = copy.deepcopy(base)
-        for name, weight in rotated_weights(base, layer.generators["b"].detach().expand(5 * (64 + 48) // 4, -1), 4).items():
+        for name, weight in rotated_weights(
+            base, layer.generators["b"].detach().expand(5 * (64 + 48) // 4, -1), 4
+        ).items():
             setattr(once, name, torch.nn.Parameter(weight))
         rotated = rotated_weights(once, layer.generators["a"].detach(), 16)
         assert_close("y", actual, torch.func.functional_call(base, rotated, inputs), 1e-12)
@@ -212,6 +217,11 @@ def model_of(name="Qwen3Moe", **fields):
         if parameter.dim() == 3:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def llama4():
+    config = transformers.Llama4TextConfig(**{**SIZES, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1})
+    return transformers.Llama4ForCausalLM(config)
 
 
 WRAPPED = {"block_size": 16, "target_modules": ["all-linear", "experts"]}
@@ -278,16 +288,25 @@ class TestWrapping:
         assert OFTConfig(**WRAPPED).target_modules == ("all-linear", "experts")
 
     def test_a_kind_that_cannot_be_adapted(self):
-        config = transformers.Llama4TextConfig(**{**SIZES, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1})
-        model = transformers.Llama4ForCausalLM(config)
+        model = llama4()
         with pytest.raises(AdapterError, match=r"feed_forward.experts is a Llama4TextExperts, which cannot be adapted"):
             oftv2.wrap_model(model, block_size=16, target_modules=["experts"])
         with pytest.warns(TargetWarning, match="this kind cannot be adapted"):
             oftv2.wrap_model(model, block_size=16)
+        assert "model.layers.0.feed_forward.shared_expert.up_proj" in adapted_paths(model)
+        assert not any("router" in path for path in adapted_paths(model))
+        assert model(IDS).logits.isfinite().all()
+
+    def test_a_router_is_no_linear_layer(self):
+        with pytest.raises(AdapterError, match=r"feed_forward.router .*is a tuple and no linear layer's output"):
+            oftv2.wrap_model(llama4(), block_size=16, target_modules=["router"])
 
     def test_biases_of_experts(self):
         model = oftv2.wrap_model(model_of("GptOss"), **WRAPPED, bias="oft_only")
-        biases = [model.get_parameter(f"model.layers.0.mlp.experts.base_layer.{n}_bias") for n in ("gate_up_proj", "down_proj")]
+        biases = [
+            model.get_parameter(f"model.layers.0.mlp.experts.base_layer.{n}_bias")
+            for n in ("gate_up_proj", "down_proj")
+        ]
         model(IDS, labels=IDS).loss.backward()
         assert all(bias.requires_grad and bias.grad.any() for bias in biases)
 
@@ -315,7 +334,7 @@ class TestWrapping:
         model = model_of()
         layer = model.model.layers[0].mlp.experts
         layer.down_proj = torch.nn.Parameter(layer.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
-        with pytest.raises(AdapterError, match="model.layers.0.mlp.experts is a Qwen3MoeExperts, which cannot be adapted"):
+        with pytest.raises(AdapterError, match=r"mlp.experts is a Qwen3MoeExperts, which cannot be adapted"):
             oftv2.wrap_model(model, **WRAPPED)
 
 
@@ -326,13 +345,16 @@ class TestRefusedInUse:
 
     def test_rows_of_adapters(self):
         model, _ = self.wrapped()
-        with oftv2.adapters_per_row(model, ["default", None]), pytest.raises(AdapterError, match="mlp.experts: experts see"):
+        with (
+            oftv2.adapters_per_row(model, ["default", None]),
+            pytest.raises(AdapterError, match=r"mlp.experts: experts see"),
+        ):
             model(IDS)
 
     def test_weights_that_are_elsewhere_or_would_train(self):
         model, layer = self.wrapped()
         layer.base_layer.down_proj.requires_grad_(True)
-        with pytest.raises(AdapterError, match="mlp.experts: the experts' weights are to be frozen"):
+        with pytest.raises(AdapterError, match=r"mlp.experts: the experts' weights are to be frozen"):
             model(IDS)
         layer.base_layer.to("meta")
         with pytest.raises(AdapterError, match=r"mlp.experts: the experts' weights are not here \(offloaded"):
@@ -343,13 +365,13 @@ class TestRefusedInUse:
         from oftv2.checkpoint_merge import merge_checkpoint
         from oftv2.conversion import save_as_lora
 
-        with pytest.raises(AdapterError, match="mlp.experts are experts: no LoRA is made of those"):
+        with pytest.raises(AdapterError, match=r"mlp.experts are experts: no LoRA is made of those"):
             save_as_lora(model, tmp_path / "lora", rank=4)
         model_of("GptOss").save_pretrained(tmp_path / "base")
         model = oftv2.wrap_model(perturb(transformers.GptOssForCausalLM.from_pretrained(tmp_path / "base")), **WRAPPED)
         with pytest.warns(PeftFormatWarning):
             oftv2.save_adapter(model, tmp_path / "adapter")
-        with pytest.raises(AdapterError, match="mlp.experts are experts with stacked weights.*Merge in memory"):
+        with pytest.raises(AdapterError, match=r"mlp.experts are experts with stacked weights.*Merge in memory"):
             merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
