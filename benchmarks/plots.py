@@ -36,6 +36,10 @@ LABELS = {
     **{"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "peft-oft": "PEFT's OFT", "peft-qoft": "PEFT's QOFT"},
     **{"oftv1": "original OFT", "full": "all weights", "frozen": "frozen", "frozen-nf4": "frozen, NF4"},
 }
+# Of loose points: sizes of an adapter, and how far other bases stand aside, of as many parameters.
+MARKERS = {"oft-16": "v", "oft-64": "^", "lora-4": "v", "lora-8": "s", "full": "D"}
+ASIDE = {"nf4": 1.08, "bfloat16": 1.16}
+FACES = {"nf4": "white", "bfloat16": "lightgrey"}
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -158,7 +162,8 @@ def quality() -> Picture:
         for x, value in (("trainable parameters", "trainable"), ("CPU seconds of training", "cpu_seconds")):
             lines = {method: [(mean(row[value] for row in best[method]), points[method].mean)] for method in points}
             base = 10 if value == "trainable" else 0
-            picture.append(Panel(task, x, name, lines, x_base=base, joined=False, spread=spread))
+            aside = " (NF4 and bf16 a little aside)" if base else ""
+            picture.append(Panel(task, x + aside, name, lines, x_base=base, joined=False, spread=spread))
     return [panel for panel in picture if panel.lines]
 
 
@@ -205,21 +210,6 @@ def label(name: str) -> str:
     return f"{kind}, {base}" if base else kind
 
 
-def name_points(ax: Any, panel: Panel) -> None:
-    """Writes a name beside each loose point, a line higher or lower where another name would be in the way."""
-    ax.margins(x=0.15, y=0.1)
-    ax.autoscale_view()  # names are placed by distances in the picture
-    taken: list[tuple[float, float]] = []
-    for name, points in sorted(panel.lines.items(), key=lambda line: -line[1][0][1]):
-        x, y = ax.transAxes.inverted().transform(ax.transData.transform(points[0]))
-        free = [
-            line for line in (0, -1, 1, -2) if all(abs(x - u) > 0.17 or abs(y + line / 20 - v) > 0.04 for u, v in taken)
-        ]
-        line = free[0] if free else 0
-        taken.append((x, y + line / 20))
-        ax.annotate(label(name), points[0], xytext=(5, 9 * line - 2), textcoords="offset points", fontsize=7)
-
-
 def draw(path: Path, picture: Picture) -> None:
     """Writes one picture, the same bytes for the same numbers and version of matplotlib."""
     import matplotlib
@@ -234,7 +224,9 @@ def draw(path: Path, picture: Picture) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=(9, 3.2 * lines), layout="constrained", squeeze=False)
     for ax in axes.flat[len(picture) :]:
         ax.set_visible(False)
+    loose: dict[str, Any] = {}  # of the panels whose points have no legend of their own
     for ax, panel in zip(axes.flat, picture, strict=False):
+        alone = not panel.joined and not panel.ticks and all(len(points) == 1 for points in panel.lines.values())
         for name, points in panel.lines.items():
             kind = re.split(r"[-/]", name)[0]
             style = {
@@ -244,10 +236,16 @@ def draw(path: Path, picture: Picture) -> None:
             }
             dashed = "--" if kind.startswith(("q", "peft-q")) or name.endswith("scaled") else "-"
             style["linestyle"] = dashed if panel.joined else "none"
-            style["markerfacecolor"] = "white" if name.endswith("/nf4") else None
+            style["markerfacecolor"] = FACES.get(name.partition("/")[2])
             xs, ys = zip(*points, strict=True)
+            if alone:
+                size, _, base = name.partition("/")
+                style["marker"] = MARKERS.get(size, "o")
+                xs = tuple(x * ASIDE.get(base, 1) for x in xs) if panel.x_base else xs
             bars, colour = panel.spread.get(name), COLOURS.get(name, COLOURS.get(kind))
-            ax.errorbar(xs, ys, yerr=bars, elinewidth=0.8, label=label(name), color=colour, **style)
+            drawn = ax.errorbar(xs, ys, yerr=bars, elinewidth=0.8, label=label(name), color=colour, **style)
+            if alone:
+                loose.setdefault(label(name), drawn)
         ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         if panel.ticks:
             ax.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=6)
@@ -261,12 +259,12 @@ def draw(path: Path, picture: Picture) -> None:
             ax.yaxis.set_major_locator(LogLocator(subs=subs))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
-        if panel.joined or panel.ticks or any(len(points) > 1 for points in panel.lines.values()):
+        if not alone:
             ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        else:
-            name_points(ax, panel)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
+    if loose:
+        figure.legend(loose.values(), loose.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, metadata={"Date": None, "Description": digest(picture)})
     plt.close(figure)
 
