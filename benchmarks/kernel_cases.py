@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oftv2.kernels import cayley, nf4, nf4_matmul, rotate, rotate_matmul, rotate_rows
+from oftv2.kernels import cayley, nf4, nf4_matmul, rotate, rotate_matmul, rotate_rows, rotate_segments
 
 FEATURES = 4096
 TOKENS = 8192
 ROWS = 64  # of a batch whose rows have adapters of their own
+TIMES = 8  # experts of a token
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 TERMS = 4
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -149,18 +150,25 @@ def rows_cases() -> Iterator[Case]:
 
 
 def segments_forward(dtype: torch.dtype, b: int, device: torch.device) -> object:
-    return rotate_rows.rotate_segments(*segments_of_experts(dtype, b, device))
+    return rotate_segments.rotate_segments(*segments_of_experts(dtype, b, device))
 
 
 def segments_delta_grad(dtype: torch.dtype, b: int, device: torch.device) -> object:
     x, *rest = segments_of_experts(dtype, b, device)
-    return rotate_rows.rotate_segments_delta_grad(x, x, *rest)
+    grad = activations(dtype, b, TIMES * TOKENS, device)
+    return rotate_segments.rotate_segments_delta_grad(grad, x, *rest)
 
 
-def segments_of_experts(dtype: torch.dtype, b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens sorted by expert, Δ of each expert, and where its tokens end."""
+def segments_of_experts(dtype: torch.dtype, b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Tokens that go to several experts each, Δ of each expert, where its tokens end, and which they are."""
     ends = torch.empty(ROWS, dtype=torch.int32, device=device)
-    return activations(dtype, b, TOKENS, device), delta(b, device).expand(ROWS, -1, -1, -1), ends
+    order = torch.empty(TIMES * TOKENS, dtype=torch.int64, device=device)
+    return activations(dtype, b, TOKENS, device), delta(b, device).expand(ROWS, -1, -1, -1), ends, order, TIMES
+
+
+def segments_sorted(dtype: torch.dtype, b: int, device: torch.device) -> object:
+    x, deltas, ends, *_ = segments_of_experts(dtype, b, device)
+    return rotate_segments.rotate_segments(x, deltas, ends)
 
 
 def segments_cases() -> Iterator[Case]:
@@ -168,6 +176,7 @@ def segments_cases() -> Iterator[Case]:
         if rotate.supports(dtype, b):
             how = f"{SHORT[dtype]} b={b}"
             yield Case(f"rotate segments forward {how}", partial(segments_forward, dtype, b))
+            yield Case(f"rotate segments forward {how} sorted", partial(segments_sorted, dtype, b))
             yield Case(f"rotate segments gradient of Δ {how}", partial(segments_delta_grad, dtype, b))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from oftv2._ops import DEFAULTS, check_features, check_rotation
 from oftv2._quant_ops import Weight4bit
 from oftv2._row_ops import check_rows
-from oftv2._segment_ops import check_segments
+from oftv2._segment_ops import check_segments, times
 
 _OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -191,22 +191,25 @@ def _rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tenso
     return rotate_rows.rotate_rows_delta_grad(grad, x, deltas, rows).sum(0).to(deltas.dtype)
 
 
-@_kernel("rotate_segments", when=lambda x, deltas, ends: rotates(x, deltas.shape[-1]))
-def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
-    from . import rotate_rows
+@_kernel("rotate_segments", when=lambda x, deltas, ends, order=None: rotates(x, deltas.shape[-1]))
+def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+    from . import rotate_segments
 
-    check_segments(x, deltas, ends)
-    return rotate_rows.rotate_segments(x, deltas, ends)
+    check_segments(x, deltas, ends, order)
+    return rotate_segments.rotate_segments(x, deltas, ends, order, times(x, order))
 
 
 @_kernel(
     "rotate_segments_delta_grad",
-    when=lambda grad, x, deltas, ends: rotates(x, deltas.shape[-1]) and grad.dtype == x.dtype,
+    when=lambda grad, x, deltas, ends, order=None: rotates(x, deltas.shape[-1]) and grad.dtype == x.dtype,
 )
-def _rotate_segments_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
-    from . import rotate_rows
+def _rotate_segments_delta_grad(
+    grad: Tensor, x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None
+) -> Tensor:
+    from . import rotate_segments
 
-    return rotate_rows.rotate_segments_delta_grad(grad, x, deltas, ends).sum(0).to(deltas.dtype)
+    partials = rotate_segments.rotate_segments_delta_grad(grad, x, deltas, ends, order, times(x, order))
+    return partials.sum(0).to(deltas.dtype)
 
 
 def _multiplies(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

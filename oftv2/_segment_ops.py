@@ -3,7 +3,8 @@
     x̂ᵢ = xᵢ + xᵢ Δₑ          ∂xᵢ = ĝᵢ + ĝᵢ Δₑᵀ          ∂Δₑ = Σ xᵢᵀ ĝᵢ          yᵢ = xᵢ Wₑ
 
 for the rows ``i`` of segment ``e``, which are those from ``ends[e − 1]`` to ``ends[e]``; the last of ``ends`` is the
-number of rows.
+number of rows. With ``order``, a permutation of the ``k · T`` places where ``T`` tokens are wanted, row ``i`` is the
+token ``order[i] // k``: it is fetched on the way, and ``x`` of ``(T, d)`` is all that is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ from torch import Tensor
 
 from ._ops import check_features, default, rotate, rotate_delta_grad
 
-torch.library.define("oftv2::rotate_segments", "(Tensor x, Tensor deltas, Tensor ends) -> Tensor")
+torch.library.define("oftv2::rotate_segments", "(Tensor x, Tensor deltas, Tensor ends, Tensor? order=None) -> Tensor")
 torch.library.define(
-    "oftv2::rotate_segments_delta_grad", "(Tensor grad, Tensor x, Tensor deltas, Tensor ends) -> Tensor"
+    "oftv2::rotate_segments_delta_grad",
+    "(Tensor grad, Tensor x, Tensor deltas, Tensor ends, Tensor? order=None) -> Tensor",
 )
 torch.library.define("oftv2::segment_matmul", "(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 
 
-def check_segments(x: Tensor, deltas: Tensor, ends: Tensor) -> None:
-    """Refuses what does not fit together: ``x`` of ``(S, d)``, Δ of ``(E, r, b, b)`` and ends of ``(E,)``."""
+def check_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None) -> None:
+    """Refuses what does not fit together: ``x`` of ``(S, d)``, Δ of ``(E, r, b, b)``, ends of ``(E,)``; or an order of
+    ``(S,)`` and ``x`` of ``(S / k, d)``."""
     if deltas.dim() != 4 or deltas.shape[2] != deltas.shape[3]:
         raise RuntimeError(f"rotate_segments takes Δ of (E, r, b, b), not {tuple(deltas.shape)}")
     _check_ends("rotate_segments", x, deltas, ends)
     check_features(x, *deltas.shape[1:3])
+    if order is not None and (order.dim() != 1 or order.dtype != torch.int64 or len(order) % max(1, len(x))):
+        raise RuntimeError(
+            f"rotate_segments takes an int64 order of a multiple of the {len(x)} rows of x, not "
+            f"{tuple(order.shape)} in {order.dtype}"
+        )
 
 
 def _check_ends(name: str, x: Tensor, of_segments: Tensor, ends: Tensor) -> None:
@@ -39,33 +47,49 @@ def _check_ends(name: str, x: Tensor, of_segments: Tensor, ends: Tensor) -> None
         )
 
 
-def _segments(x: Tensor, ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """The segments that have rows; on a GPU it waits for ``ends``."""
+def times(x: Tensor, order: Tensor | None) -> int:
+    """``k``: how many times each token is wanted."""
+    return 1 if order is None else max(1, len(order) // max(1, len(x)))
+
+
+def by_token(rows: Tensor, order: Tensor, k: int) -> Tensor:
+    """The sum of each token's rows, ``(T, d)``; by a permutation: adding by index has no fixed order on a GPU."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return rows[places].view(len(order) // k, k, rows.shape[-1]).sum(1)
+
+
+def _segments(count: int, ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The segments that have some of the rows; on a GPU it waits for ``ends``."""
     start = 0
-    for segment, end in enumerate(ends.tolist()):
-        if end < start or end > x.shape[0]:
-            raise RuntimeError(f"ends are to rise up to the {x.shape[0]} rows of x, not {ends.tolist()}")
+    for segment, end in enumerate([*ends.tolist(), count]):
+        if not start <= end <= count or (segment == len(ends) and start != count):
+            raise RuntimeError(f"ends are to rise up to the number of rows, {count}, not {ends.tolist()}")
         if end > start:
             yield segment, slice(start, end)
         start = end
-    if start != x.shape[0]:
-        raise RuntimeError(f"ends are to rise up to the {x.shape[0]} rows of x, not {ends.tolist()}")
+
+
+def _rows(x: Tensor, order: Tensor | None, rows: slice) -> Tensor:
+    return x[rows] if order is None else x[order[rows] // times(x, order)]
 
 
 @default("rotate_segments")
-def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
-    check_segments(x, deltas, ends)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for segment, rows in _segments(x, ends):
-        out[rows] = rotate(x[rows], deltas[segment])
+def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+    check_segments(x, deltas, ends, order)
+    out = torch.empty(len(x if order is None else order), x.shape[1], dtype=x.dtype, device=x.device)
+    for segment, rows in _segments(len(out), ends):
+        out[rows] = rotate(_rows(x, order, rows), deltas[segment])
     return out
 
 
 @default("rotate_segments_delta_grad")
-def _rotate_segments_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
+def _rotate_segments_delta_grad(
+    grad: Tensor, x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None
+) -> Tensor:
     total = torch.zeros(deltas.shape, dtype=deltas.dtype, device=deltas.device)
-    for segment, rows in _segments(x, ends):
-        total[segment] = rotate_delta_grad(grad[rows], x[rows], deltas[segment])
+    for segment, rows in _segments(len(grad), ends):
+        total[segment] = rotate_delta_grad(grad[rows], _rows(x, order, rows), deltas[segment])
     return total
 
 
@@ -75,7 +99,7 @@ def _segment_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if _has_grouped_mm(x, weight):
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     out = torch.empty(x.shape[0], weight.shape[2], dtype=x.dtype, device=x.device)
-    for segment, rows in _segments(x, ends):
+    for segment, rows in _segments(len(x), ends):
         torch.mm(x[rows], weight[segment], out=out[rows])
     return out
 
@@ -94,6 +118,7 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies all segments in one launch: in bf16, rows being multiples of 16 bytes."""
     return (
         x.is_cuda
+        and x.numel() > 0
         and x.dtype == torch.bfloat16
         and hasattr(torch.nn.functional, "grouped_mm")
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -102,9 +127,9 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _fake_rotate(x: Tensor, deltas: Tensor, ends: Tensor) -> Tensor:
-    check_segments(x, deltas, ends)
-    return x.new_empty(x.shape)
+def _fake_rotate(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
+    check_segments(x, deltas, ends, order)
+    return x.new_empty(len(x if order is None else order), x.shape[1])
 
 
 def _fake_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -114,7 +139,7 @@ def _fake_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 torch.library.register_fake("oftv2::rotate_segments")(_fake_rotate)
 torch.library.register_fake("oftv2::rotate_segments_delta_grad")(
-    lambda grad, x, deltas, ends: deltas.new_empty(deltas.shape)
+    lambda grad, x, deltas, ends, order=None: deltas.new_empty(deltas.shape)
 )
 torch.library.register_fake("oftv2::segment_matmul")(_fake_product)
 
@@ -127,15 +152,17 @@ def _save_weight(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _rotate_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, deltas, ends = ctx.saved_tensors
-    wants_x, wants_deltas, _ = ctx.needs_input_grad
+def _rotate_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, deltas, ends, order = ctx.saved_tensors
+    wants_x, wants_deltas, *_ = ctx.needs_input_grad
     grad = grad.contiguous()
-    return (
-        torch.ops.oftv2.rotate_segments(grad, deltas.mT, ends) if wants_x else None,
-        torch.ops.oftv2.rotate_segments_delta_grad(grad, x, deltas, ends) if wants_deltas else None,
-        None,
-    )
+    grad_x = grad_deltas = None
+    if wants_x:
+        grad_x = torch.ops.oftv2.rotate_segments(grad, deltas.mT, ends)
+        grad_x = grad_x if order is None else by_token(grad_x, order, times(x, order))
+    if wants_deltas:
+        grad_deltas = torch.ops.oftv2.rotate_segments_delta_grad(grad, x, deltas, ends, order)
+    return grad_x, grad_deltas, None, None
 
 
 def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _segment_ops  # noqa: F401  (for its operators)
+from ._segment_ops import by_token
 from .base import OFTLayer
 from .errors import AdapterError
 from .merging import rotated, with_weights
@@ -85,7 +85,7 @@ class OFTExperts(OFTLayer):
         numbers = torch.arange(base.num_experts, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
-        x = _RotateRouted.apply(x, up_delta, order, ends, top_k_index.shape[-1])
+        x = torch.ops.oftv2.rotate_segments(x, up_delta, ends, order)
         x = self._product(x, up_name(base), ends, experts)
         x = base._apply_gate(x) if getattr(base, "has_gate", True) else base.act_fn(x)
         x = torch.ops.oftv2.rotate_segments(x.to(down.dtype), down_delta, ends)
@@ -93,7 +93,7 @@ class OFTExperts(OFTLayer):
         if getattr(base, "has_post_expert_norm", False):
             x = base.post_expert_norm(x)
         x = x * top_k_weights.reshape(-1)[order, None]
-        return _by_token(x, order, top_k_index.shape[-1]).to(hidden_states.dtype)
+        return by_token(x, order, top_k_index.shape[-1]).to(hidden_states.dtype)
 
     def _usable_base(self) -> Any:
         base = self.base_layer
@@ -140,35 +140,6 @@ class OFTExperts(OFTLayer):
                     out[expert] = rotated(weight[expert], by_expert[expert])
             merged[name] = out
         return with_weights(base, merged)
-
-
-class _RotateRouted(torch.autograd.Function):
-    """``rotate_segments`` of the tokens in the order of their experts; keeps them as they came, each once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, deltas: Tensor, order: Tensor, ends: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(x, deltas, order, ends)
-        ctx.top_k = top_k
-        return torch.ops.oftv2.rotate_segments(x[order // top_k], deltas, ends)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, deltas, order, ends = ctx.saved_tensors
-        wants_x, wants_deltas, *_ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_x = grad_deltas = None
-        if wants_x:
-            grad_x = _by_token(torch.ops.oftv2.rotate_segments(grad, deltas.mT, ends), order, ctx.top_k)
-        if wants_deltas:
-            grad_deltas = torch.ops.oftv2.rotate_segments_delta_grad(grad, x[order // ctx.top_k], deltas, ends)
-        return grad_x, grad_deltas, None, None, None
-
-
-def _by_token(routed: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """The sum over each token's experts, ``(T, d)``; by a permutation: adding by index has no fixed order on a GPU."""
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return routed[back].view(len(order) // top_k, top_k, routed.shape[-1]).sum(1)
 
 
 def _is_stacked(weight: Any) -> bool:

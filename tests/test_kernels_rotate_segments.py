@@ -30,9 +30,9 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture
 def launches(monkeypatch, kernel_device):
     """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
-    from oftv2.kernels import rotate_rows
+    from oftv2.kernels import rotate_segments
 
-    return record_calls(monkeypatch, {rotate_rows: ["rotate_segments", "rotate_segments_delta_grad"]})
+    return record_calls(monkeypatch, {rotate_segments: ["rotate_segments", "rotate_segments_delta_grad"]})
 
 
 def problem(lengths, blocks, dtype=torch.float64):
@@ -68,11 +68,35 @@ def compare(device, dtype, lengths, blocks):
     assert not deltas_in.grad[[length == 0 for length in lengths]].any()
 
 
+def compare_ordered(device, dtype, lengths, blocks, times):
+    """Rows fetched by an order are those that lie sorted, and their tokens get the sum of their gradients."""
+    rows, upstream, deltas, ends = problem(lengths, blocks, dtype)
+    x, order = rows[: len(rows) // times], torch.randperm(len(rows))
+    x_ref, deltas_ref = x.clone().requires_grad_(), deltas.clone().requires_grad_()
+    expected = one_by_one(x_ref[order // times], deltas_ref, ends)
+    expected.backward(upstream)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x_in, deltas_in = x.to(device, dtype).requires_grad_(), deltas.to(device, wide).requires_grad_()
+    actual = ops.rotate_segments(x_in, deltas_in, ends.to(device), order.to(device))
+    actual.backward(upstream.to(device, dtype))
+    assert_close("x̂", actual.detach().cpu(), expected.detach(), ROUNDING[dtype])
+    assert_close("∂x", x_in.grad.cpu(), x_ref.grad, ROUNDING[dtype])
+    assert_close("∂Δ", deltas_in.grad.cpu(), deltas_ref.grad, max(ROUNDING[wide], 1e-13))
+
+
+ORDERED = [((5, 0, 70, 1, 32), (3, 32), 4), ((9, 21), (3, 12), 1), ((30,), (2, 64), 3), ((1,) * 20, (5, 5), 2)]
+
+
 class TestDefault:
     @DTYPES
     @pytest.mark.parametrize(("lengths", "blocks"), CASES, ids=str)
     def test_equals_the_segments_one_by_one(self, lengths, blocks, dtype):
         compare("cpu", dtype, lengths, blocks)
+
+    @DTYPES
+    @pytest.mark.parametrize(("lengths", "blocks", "times"), ORDERED, ids=str)
+    def test_rows_in_an_order(self, lengths, blocks, times, dtype):
+        compare_ordered("cpu", dtype, lengths, blocks, times)
 
     @DTYPES
     @pytest.mark.parametrize("transposed", [False, True])
@@ -107,14 +131,21 @@ class TestDefault:
             ((5, 9), (1, 2, 4, 4), [5], "x has 9 features"),
             ((1, 5, 8), (1, 2, 4, 4), [5], r"x of \(S, d\) and int32 ends of \(1,\), not \(1, 5, 8\)"),
             ((5, 8), (1, 2, 4, 4), [2, 5], r"int32 ends of \(1,\), not \(5, 8\) and \(2,\)"),
-            ((5, 8), (2, 2, 4, 4), [2, 4], r"rise up to the 5 rows of x, not \[2, 4\]"),
-            ((5, 8), (2, 2, 4, 4), [2, 6], r"rise up to the 5 rows of x, not \[2, 6\]"),
-            ((5, 8), (2, 2, 4, 4), [6, 5], r"rise up to the 5 rows of x, not \[6, 5\]"),
+            ((5, 8), (2, 2, 4, 4), [2, 4], r"rise up to the number of rows, 5, not \[2, 4\]"),
+            ((5, 8), (2, 2, 4, 4), [2, 6], r"rise up to the number of rows, 5, not \[2, 6\]"),
+            ((5, 8), (2, 2, 4, 4), [6, 5], r"rise up to the number of rows, 5, not \[6, 5\]"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, x, deltas, ends, message):
         with pytest.raises(RuntimeError, match=message):
             ops.rotate_segments(torch.randn(x), torch.randn(deltas), torch.tensor(ends, dtype=torch.int32))
+
+    @pytest.mark.parametrize(
+        "order", [torch.zeros(7, dtype=torch.int64), torch.zeros(10, dtype=torch.int32), torch.zeros(5, 2).long()]
+    )
+    def test_an_order_that_does_not_fit_is_refused(self, order):
+        with pytest.raises(RuntimeError, match="an int64 order of a multiple of the 5 rows of x"):
+            ops.rotate_segments(torch.randn(5, 8), torch.randn(1, 2, 4, 4), torch.tensor([10]).int(), order)
 
     @pytest.mark.parametrize(
         ("x", "weight", "dtype", "message"),
@@ -137,6 +168,12 @@ class TestKernels:
         compare(kernel_device, dtype, lengths, blocks)
         plain = dtype == torch.float64 or (dtype == torch.float32 and blocks[1] > 64)
         assert launches == ([] if plain else ["rotate_segments", "rotate_segments", "rotate_segments_delta_grad"])
+
+    @DTYPES
+    @pytest.mark.parametrize(("lengths", "blocks", "times"), ORDERED, ids=str)
+    def test_rows_in_an_order(self, kernel_device, launches, lengths, blocks, times, dtype):
+        compare_ordered(kernel_device, dtype, lengths, blocks, times)
+        assert len(launches) == (0 if dtype == torch.float64 else 3)
 
     def test_many_shares_of_few_long_segments(self, kernel_device, launches):
         compare(kernel_device, torch.float32, (1000, 3), (1, 16))
@@ -192,7 +229,7 @@ def test_opcheck(kernel_device):
     x, grad, deltas = x.float(), grad.float(), deltas.float()
     cases = {
         ops.rotate_segments: (x.clone().requires_grad_(), deltas.clone().requires_grad_(), ends),
-        ops.rotate_segments_delta_grad: (grad, x, deltas, ends),
+        ops.rotate_segments_delta_grad: (grad, x[::7].clone(), deltas, ends, torch.randperm(7, device=kernel_device)),
         ops.segment_matmul: (x.clone().requires_grad_(), torch.randn(2, 12, 8, device=kernel_device), ends),
     }
     for op, args in cases.items():
