@@ -80,7 +80,9 @@ def _delta_grad(
         token, limit = _tokens(order, row, end, num_tokens, times, ORDERED)
         tile = load_rows(x, token, column, inside, limit, x_stride, EVEN)  # [BLOCK_T, TILE]
         upstream = load_rows(grad, row, wanted, exists, end, grad_stride, EVEN)  # [BLOCK_T, WIDTH]
-        total += tl.dot(tl.trans(tile), upstream, input_precision="tf32x3")
+        # As in `rotate`: asynchronous products of wide tiles are to have read them before others take their place.
+        apart: tl.constexpr = 1 if TILE >= 64 else None
+        total += tl.dot(tl.trans(tile), upstream, input_precision="tf32x3", max_num_imprecise_acc=apart)
     offset = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + segment) * num_blocks * (B * B)
     store_blocks(partial + offset, total, first, num_blocks, part, B, TILE, WIDTH)
 
