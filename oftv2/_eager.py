@@ -1,22 +1,24 @@
-"""Generators to a layer's activations as one autograd node that calls the default implementations themselves.
+"""Generators to activations as autograd nodes that call the default implementations themselves.
 
-On a CPU, a small layer spends most of its time between operators: the dispatcher, a Python autograd kernel and a node
-for each of two operators take longer than the rotation of a few tokens. Where something looks at single operators (a
-compiler, a dispatch mode, a tensor subclass), the operators are called.
+On a CPU, a small layer spends most of its time between operators: the dispatcher and a Python autograd kernel for each
+take longer than the rotation of a few tokens. Where something looks at single operators (a compiler, a dispatch mode, a
+tensor subclass), the operators are called.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._ops import DEFAULTS, check_features
+from ._ops import DEFAULTS
 from ._weight_form import rotated
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PACKED_ELEMENTS = 1 << 17
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -29,49 +31,80 @@ def unobserved(*tensors: Tensor) -> bool:
     )
 
 
-class NeumannRotate(torch.autograd.Function):
-    """``rotate(x, cayley_neumann(generators, block_size, terms))``; keeps ``x``, the generators and ``Δ``."""
+class Transform(torch.autograd.Function):
+    """``Δ`` of several layers' generators of one block size; keeps the generators. What is not used has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
-        check_features(x, generators.shape[0], block_size)
-        delta = DEFAULTS["cayley_neumann"](generators, block_size, terms)
-        ctx.save_for_backward(x, generators, delta)
+    def forward(ctx: Any, block_size: int, terms: int, *generators: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*generators)
+        ctx.set_materialize_grads(False)
         ctx.settings = block_size, terms
+        deltas: list[Tensor] = []
+        for part in _parts(generators):
+            deltas += _together("cayley_neumann", (generators[part],), block_size, terms)
+        return tuple(deltas)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 2]]
+        used, grads_used = [ctx.saved_tensors[i] for i in wanted], [grads[i] for i in wanted]
+        found: list[Tensor] = []
+        for part in _parts(used):
+            found += _together("cayley_neumann_backward", (grads_used[part], used[part]), *ctx.settings)
+        by_place = dict(zip(wanted, found, strict=True))
+        return None, None, *(by_place.get(i) for i in range(len(grads)))
+
+
+def _parts(generators: Sequence[Tensor]) -> Iterator[slice]:
+    """Neighbours that are transformed at once, as many as stay in a CPU's caches."""
+    start = size = 0
+    for i, packed in enumerate(generators):
+        size += packed.numel()
+        if size >= _PACKED_ELEMENTS:
+            yield slice(start, i + 1)
+            start, size = i + 1, 0
+    if size:
+        yield slice(start, len(generators))
+
+
+def _together(name: str, operands: tuple[Sequence[Any], ...], *settings: int) -> Sequence[Tensor]:
+    """An operator on the blocks of several layers, and its result layer by layer."""
+    counts = [len(tensor) for tensor in operands[0]]
+    joined = [tensors[0] if len(tensors) == 1 else torch.cat(list(tensors)) for tensors in operands]
+    result: Tensor = DEFAULTS[name](*joined, *settings)
+    return [result] if len(counts) == 1 else result.split(counts)
+
+
+class Rotate(torch.autograd.Function):
+    """``rotate(x, delta)``; keeps both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, delta)
         return DEFAULTS["rotate"](x, delta)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, generators, delta = ctx.saved_tensors
-        wants_x, wants_generators, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, delta = ctx.saved_tensors
+        wants_x, wants_delta = ctx.needs_input_grad
         grad_x = DEFAULTS["rotate"](grad, delta.mT) if wants_x else None
-        if not wants_generators:
-            return grad_x, None, None, None
-        grad_delta = DEFAULTS["rotate_delta_grad"](grad, x, delta)
-        return grad_x, DEFAULTS["cayley_neumann_backward"](grad_delta, generators, *ctx.settings), None, None
+        return grad_x, DEFAULTS["rotate_delta_grad"](grad, x, delta) if wants_delta else None
 
 
-class NeumannWeightForm(torch.autograd.Function):
-    """A linear layer in the weight form, ``Δ`` from generators; keeps ``x``, the generators, ``W`` and ``Δ``."""
+class WeightForm(torch.autograd.Function):
+    """A linear layer in the weight form; keeps ``x``, ``Δ`` and ``W``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, generators: Tensor, weight: Tensor, bias: Tensor | None, block_size: int, terms: int
-    ) -> Tensor:
-        check_features(x, generators.shape[0], block_size)
-        delta = DEFAULTS["cayley_neumann"](generators, block_size, terms)
-        ctx.save_for_backward(x, generators, weight, delta)
-        ctx.settings = block_size, terms
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, delta, weight)
         return DEFAULTS["weight_form"](x, delta, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, generators, weight, delta = ctx.saved_tensors
+        x, delta, weight = ctx.saved_tensors
         grad_x = grad @ rotated(weight, delta)
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None, None
-        grad_delta = DEFAULTS["weight_form_delta_grad"](grad_x, x, delta)
-        grad_generators = DEFAULTS["cayley_neumann_backward"](grad_delta, generators, *ctx.settings)
-        return grad_x, grad_generators, None, None, None, None
+        wants_delta = ctx.needs_input_grad[1]
+        return grad_x, DEFAULTS["weight_form_delta_grad"](grad_x, x, delta) if wants_delta else None, None, None

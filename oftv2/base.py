@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .checkpointing import in_checkpoint
 from .config import OFTConfig
 from .errors import AdapterError
 from .merging import MergeableLayer, placement
@@ -45,6 +46,7 @@ class OFTLayer(MergeableLayer):
     """
 
     rows: LayerRows | None = None  # within adapters_per_row
+    handed: Tensor | None = None  # Δ of one forward pass, made with those of the model's other layers
     base_layer: Any  # a module of any class; its attributes are its own affair
 
     def __init__(
@@ -195,7 +197,14 @@ class OFTLayer(MergeableLayer):
         Built anew whenever a gradient may flow to the generators or the layer trains: optimizers and engines write
         through ``.data``, which no version counter sees. In eval mode it is kept by the generators' version.
         """
-        return self.kept_or_built(self.sequence, self._build, dtype)
+        handed = self._in_hand()
+        return self.kept_or_built(self.sequence, self._build, dtype) if handed is None else handed
+
+    def _in_hand(self) -> Tensor | None:
+        """Δ that the model made for this pass; not in a checkpoint, which makes it again when it is gone."""
+        if torch.compiler.is_compiling() or self.handed is None or not torch.is_grad_enabled() or in_checkpoint():
+            return None
+        return self.handed
 
     def kept_or_built(
         self, names: Sequence[str], build: Callable[..., Tensor], dtype: torch.dtype | None = None
@@ -254,7 +263,7 @@ class OFTLayer(MergeableLayer):
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this
         pass's rotation; None where it is cached, exact, has dropout, or is a product of several."""
-        if len(self.sequence) != 1:
+        if len(self.sequence) != 1 or self._in_hand() is not None:
             return None
         (name,) = self.sequence
         rotation = self.rotations[name]
@@ -291,7 +300,7 @@ class OFTLayer(MergeableLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "rows": None}
+        return {**self.__dict__, "_cache": None, "rows": None, "handed": None}
 
     def extra_repr(self) -> str:
         described = ", ".join(f"{name}: {self.rotations[name]}" for name in self.sequence) or "no active adapter"

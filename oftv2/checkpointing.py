@@ -6,10 +6,21 @@ front none does. Hooks on the embeddings (and on the inputs of a model that is n
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def in_checkpoint() -> bool:
+    """Whether this is called within ``torch.utils.checkpoint``, in the forward pass or in its recomputation."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class InputGradients:

@@ -59,6 +59,10 @@ def cayley_neumann(generators: Tensor, block_size: int, terms: int = 4) -> Tenso
 
 def cayley_neumann_many(generators: Sequence[Tensor], block_size: int, terms: int = 4) -> list[Tensor]:
     """:func:`cayley_neumann` of several layers' generators of one block size, in one pass (on a GPU, one launch)."""
+    for packed in generators:
+        _check_packed(packed, block_size)
+    if _steps_are_quicker(*generators):
+        return list(_eager.Transform.apply(block_size, terms, *generators))
     together = cayley_neumann(torch.cat(list(generators)), block_size, terms)
     return list(together.split([packed.shape[0] for packed in generators]))
 
@@ -132,6 +136,8 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
     ):
         _ops.check_rotation(x, delta)
         return _ops.rotate_few(x, delta)  # as the operator would, but the dispatcher takes longer than one token
+    if _steps_are_quicker(x, delta):
+        return _eager.Rotate.apply(x, delta)
     return torch.ops.oftv2.rotate(x, delta)
 
 
@@ -178,9 +184,9 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
     Returns:
         torch.Tensor: ``(..., d)``.
     """
+    if _steps_are_quicker(x, generators):
+        return rotate(x, *cayley_neumann_many([generators], block_size, terms))
     _check_packed(generators, block_size)
-    if x.is_cpu and not runs_kernels(x.device) and _eager.unobserved(x, generators):
-        return _eager.NeumannRotate.apply(x, generators, block_size, terms)
     return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
 
 
@@ -190,9 +196,14 @@ def neumann_weight_form(
     """:func:`oft_linear` in the weight form, ``Δ`` being made on the way; arguments as there and in
     :func:`neumann_rotate`.
     """
-    if x.is_cpu and not runs_kernels(x.device) and _eager.unobserved(x, generators, weight):
-        return _eager.NeumannWeightForm.apply(x, generators, weight, bias, block_size, terms)
+    if _steps_are_quicker(x, generators, weight):
+        return _eager.WeightForm.apply(x, *cayley_neumann_many([generators], block_size, terms), weight, bias)
     return torch.ops.oftv2.neumann_weight_form(x, generators, weight, bias, block_size, terms)
+
+
+def _steps_are_quicker(*tensors: Tensor) -> bool:
+    """Whether going from one operator to the next is what takes the time, and nothing looks at them."""
+    return tensors[0].is_cpu and not runs_kernels(tensors[0].device) and _eager.unobserved(*tensors)
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -208,7 +219,7 @@ def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:
         return x.device.type == "cuda"
     if runs_kernels(x.device):
         return rotates(x, block_size, terms=1)
-    return x.is_cpu and _eager.unobserved(x)
+    return _steps_are_quicker(x)
 
 
 def oft_linear(
@@ -232,6 +243,8 @@ def oft_linear(
     """
     form = form or choose_form(x, weight, bias, delta.shape[-1])
     if form == WEIGHT:
+        if _steps_are_quicker(x, delta, weight):
+            return _eager.WeightForm.apply(x, delta, weight, bias)
         return torch.ops.oftv2.weight_form(x, delta, weight, bias)
     if form == FUSED:
         return torch.ops.oftv2.rotate_matmul(x, delta, weight, bias)

@@ -24,6 +24,7 @@ from .rotation import Rotation
 from .sharding import check_unsharded
 from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
 from .targets import Target, find_targets, layer_class_for, saved_modules
+from .together import add_pass_hooks, remove_pass_hooks
 from .trained import add_state_hooks, remove_state_hooks, restore_originals
 
 
@@ -136,6 +137,7 @@ def install(
     )
     model.requires_grad_(False)
     add_hooks(model)
+    add_pass_hooks(model)
     add_state_hooks(model)
     put_on_targets(model, config, targets, adapter_name)
     for name in trained:
@@ -173,6 +175,7 @@ def uninstall(model: nn.Module) -> None:
     """Puts the base layers (merged or not) back in place of the adapted ones, and forgets the adapters."""
     state = get_state(model)
     remove_hooks(model)
+    remove_pass_hooks(model)
     remove_state_hooks(model)
     ungroup(model)
     _use_nested_tensors(model, state, True)

@@ -1,0 +1,65 @@
+"""Δ of all layers of a model made together, as a forward pass begins: on a CPU, where a layer has few blocks.
+
+The transform of some tens of small blocks takes a CPU little longer to compute than to begin. So hooks of the model
+make it for all layers that train and hand each its own, for this pass alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .base import OFTLayer
+from .checkpointing import in_checkpoint
+
+_SERVED: WeakKeyDictionary[nn.Module, Sequence[OFTLayer]] = WeakKeyDictionary()  # the layers of passes under way
+
+
+def add_pass_hooks(model: nn.Module) -> None:
+    """Registers the hooks on ``model``."""
+    model.register_forward_pre_hook(hand_out)
+    model.register_forward_hook(take_back, always_call=True)
+
+
+def remove_pass_hooks(model: nn.Module) -> None:
+    """Takes them off again."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (hand_out, take_back)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def hand_out(model: nn.Module, args: Any) -> None:
+    """A forward pre-hook: makes the Δ of this pass and hands them to the layers.
+
+    Processes that share the work exchange each layer's gradients while the next are computed; there each makes its own.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or distributed or in_checkpoint():
+        return
+    alike: dict[tuple[int, int, torch.dtype], list[tuple[OFTLayer, Tensor]]] = {}
+    for module in model.modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            return
+        if not isinstance(module, OFTLayer) or not module.rotating:
+            continue
+        packed = module.changing_generators()
+        if packed is not None and packed.is_cpu and not F.runs_kernels(packed.device):
+            rotation = module.rotation
+            alike.setdefault((rotation.block_size, rotation.terms, packed.dtype), []).append((module, packed))
+    for (block_size, terms, _), found in alike.items():
+        deltas = F.cayley_neumann_many([packed for _, packed in found], block_size, terms)
+        for (layer, _), delta in zip(found, deltas, strict=True):
+            layer.handed = delta
+    _SERVED[model] = [layer for found in alike.values() for layer, _ in found]
+
+
+def take_back(model: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook, called after failures too: no later pass finds these Δ."""
+    for layer in _SERVED.pop(model, ()):
+        layer.handed = None
