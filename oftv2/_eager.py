@@ -18,6 +18,8 @@ from ._ops import DEFAULTS
 from ._weight_form import rotated
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Generators that are transformed at once (2 threads, float32, b = 32, the 210 layers of SmolLM2-135M with 4680 blocks,
+# forward and backward: 93 ms layer by layer, 55 to 58 ms in parts of 50 to 1200 blocks, 65 ms in one).
 _PACKED_ELEMENTS = 1 << 17
 
 
