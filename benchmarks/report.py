@@ -129,8 +129,9 @@ def over_all(groups: list[list[Row]], method: str, column: str) -> str:
     if not found:
         return NOTHING
     ratios = sorted({ratio for _, ratio in found})
-    words = " or ".join(word for word in ("less", "equal", "more") if word in {word for word, _ in found})
-    return f"{words}: {ratios[0]}" + (f" to {ratios[-1]}" if len(ratios) > 1 else "")
+    words = [word for word in ("less", "equal", "more") if word in {word for word, _ in found}]
+    stated = "less to more" if len({"less", "more"}.intersection(words)) == 2 else " or ".join(words)
+    return f"{stated}: {ratios[0]}" + (f" to {ratios[-1]}" if len(ratios) > 1 else "")
 
 
 def by_task(study: Results, ours: Method, theirs: Method, figure: Callable[[Row], float]) -> str:
