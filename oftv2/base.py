@@ -258,7 +258,7 @@ class OFTLayer(MergeableLayer):
                 packed = self.changing_generators()
                 if packed is not None:
                     return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
-        return F.rotate(x, self.delta() if x.is_cpu else self.delta(x.dtype))
+        return F.rotate(x, self.delta() if x.is_cpu else self.delta(x.dtype), direct=True)
 
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this

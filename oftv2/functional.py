@@ -59,10 +59,6 @@ def cayley_neumann(generators: Tensor, block_size: int, terms: int = 4) -> Tenso
 
 def cayley_neumann_many(generators: Sequence[Tensor], block_size: int, terms: int = 4) -> list[Tensor]:
     """:func:`cayley_neumann` of several layers' generators of one block size, in one pass (on a GPU, one launch)."""
-    for packed in generators:
-        _check_packed(packed, block_size)
-    if _steps_are_quicker(*generators):
-        return list(_eager.Transform.apply(block_size, terms, *generators))
     together = cayley_neumann(torch.cat(list(generators)), block_size, terms)
     return list(together.split([packed.shape[0] for packed in generators]))
 
@@ -116,13 +112,14 @@ def in_blocks_of(delta: Tensor, block_size: int) -> Tensor:
     return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(-1, block_size, block_size)
 
 
-def rotate(x: Tensor, delta: Tensor) -> Tensor:
+def rotate(x: Tensor, delta: Tensor, *, direct: bool = False) -> Tensor:
     """``x · blockdiag(R₁ … R_r)`` with ``R = I + Δ``, in the dtype of ``x``, rounded once.
 
     Args:
         x (torch.Tensor): ``(..., d)``, any floating dtype, any strides; nothing but it is kept for the backward pass.
         delta (torch.Tensor): ``(r, b, b)`` with ``r · b = d``; its gradient comes in its own dtype, so hand it over in
             float32 even where ``x`` is 16 bit.
+        direct (bool): pass the dispatcher by on a CPU, where that takes the time and nothing looks at operators.
 
     Returns:
         torch.Tensor: ``(..., d)``.
@@ -136,7 +133,7 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
     ):
         _ops.check_rotation(x, delta)
         return _ops.rotate_few(x, delta)  # as the operator would, but the dispatcher takes longer than one token
-    if _steps_are_quicker(x, delta):
+    if direct and can_be_direct(x, delta):
         return _eager.Rotate.apply(x, delta)
     return torch.ops.oftv2.rotate(x, delta)
 
@@ -184,9 +181,9 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
     Returns:
         torch.Tensor: ``(..., d)``.
     """
-    if _steps_are_quicker(x, generators):
-        return rotate(x, *cayley_neumann_many([generators], block_size, terms))
     _check_packed(generators, block_size)
+    if can_be_direct(x, generators):
+        return _eager.Rotate.apply(x, *_eager.Transform.apply(block_size, terms, generators))
     return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
 
 
@@ -196,12 +193,12 @@ def neumann_weight_form(
     """:func:`oft_linear` in the weight form, ``Δ`` being made on the way; arguments as there and in
     :func:`neumann_rotate`.
     """
-    if _steps_are_quicker(x, generators, weight):
-        return _eager.WeightForm.apply(x, *cayley_neumann_many([generators], block_size, terms), weight, bias)
+    if can_be_direct(x, generators, weight):
+        return _eager.WeightForm.apply(x, *_eager.Transform.apply(block_size, terms, generators), weight, bias)
     return torch.ops.oftv2.neumann_weight_form(x, generators, weight, bias, block_size, terms)
 
 
-def _steps_are_quicker(*tensors: Tensor) -> bool:
+def can_be_direct(*tensors: Tensor) -> bool:
     """Whether going from one operator to the next is what takes the time, and nothing looks at them."""
     return tensors[0].is_cpu and not runs_kernels(tensors[0].device) and _eager.unobserved(*tensors)
 
@@ -219,11 +216,17 @@ def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:
         return x.device.type == "cuda"
     if runs_kernels(x.device):
         return rotates(x, block_size, terms=1)
-    return _steps_are_quicker(x)
+    return can_be_direct(x)
 
 
 def oft_linear(
-    x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None = None, *, form: str | None = None
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    form: str | None = None,
+    direct: bool = False,
 ) -> Tensor:
     """``y = (x R) Wᵀ + bias`` of a frozen weight, in the cheapest of its forms.
 
@@ -234,6 +237,7 @@ def oft_linear(
         bias (torch.Tensor | None): ``(n,)``.
         form (str | None): ``"input"`` rotates ``x``; ``"weight"`` rotates ``W``, for this call alone; ``"fused"``
             rotates ``x`` on its way into the product, without gradients; ``None``: :func:`choose_form` decides.
+        direct (bool): see :func:`rotate`.
 
     Returns:
         torch.Tensor: ``(..., n)``.
@@ -243,14 +247,14 @@ def oft_linear(
     """
     form = form or choose_form(x, weight, bias, delta.shape[-1])
     if form == WEIGHT:
-        if _steps_are_quicker(x, delta, weight):
+        if direct and can_be_direct(x, delta, weight):
             return _eager.WeightForm.apply(x, delta, weight, bias)
         return torch.ops.oftv2.weight_form(x, delta, weight, bias)
     if form == FUSED:
         return torch.ops.oftv2.rotate_matmul(x, delta, weight, bias)
     if form != INPUT:
         raise ValueError(f'form={form!r} is not allowed: use "input", "weight", "fused" or None')
-    return torch.nn.functional.linear(rotate(x, delta), weight, bias)
+    return torch.nn.functional.linear(rotate(x, delta, direct=direct), weight, bias)
 
 
 def forms(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *, gradient: bool) -> tuple[str, ...]:

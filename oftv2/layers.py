@@ -71,7 +71,7 @@ class OFTLinear(OFTLayer):
             rotation = self.rotation
             settings = rotation.block_size, rotation.terms
             return F.neumann_weight_form(x, packed, self.weight, self.bias, *settings)
-        return F.oft_linear(x, self.delta(x.dtype), self.weight, self.bias, form=form)
+        return F.oft_linear(x, self.delta(x.dtype), self.weight, self.bias, form=form, direct=True)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; RuntimeError where it lets no gradient through."""

@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
+from ._eager import Transform
 from .base import OFTLayer
 from .checkpointing import in_checkpoint
+from .functional import can_be_direct
 
 _SERVED: WeakKeyDictionary[nn.Module, Sequence[OFTLayer]] = WeakKeyDictionary()  # the layers of passes under way
 
@@ -49,11 +50,11 @@ def hand_out(model: nn.Module, args: Any) -> None:
         if not isinstance(module, OFTLayer) or not module.rotating:
             continue
         packed = module.changing_generators()
-        if packed is not None and packed.is_cpu and not F.runs_kernels(packed.device):
+        if packed is not None and can_be_direct(packed):
             rotation = module.rotation
             alike.setdefault((rotation.block_size, rotation.terms, packed.dtype), []).append((module, packed))
     for (block_size, terms, _), found in alike.items():
-        deltas = F.cayley_neumann_many([packed for _, packed in found], block_size, terms)
+        deltas = Transform.apply(block_size, terms, *(packed for _, packed in found))
         for (layer, _), delta in zip(found, deltas, strict=True):
             layer.handed = delta
     _SERVED[model] = [layer for found in alike.values() for layer, _ in found]
