@@ -58,10 +58,6 @@ class OFTExperts(OFTLayer):
 
     @staticmethod
     def rotated_features(base_layer: Any) -> tuple[int, int]:
-        if getattr(base_layer, "_is_expert_parallel", False):
-            raise AdapterError(
-                f"a {type(base_layer).__name__} that is spread over devices (expert parallelism) takes none"
-            )
         (count, inputs), (_, inner) = _sizes(base_layer, up_name(base_layer)), _sizes(base_layer, DOWN)
         return count * (inputs + inner), count * (inputs + inner) // math.gcd(inputs, inner)
 

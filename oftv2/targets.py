@@ -98,6 +98,11 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
                 f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so an adapter here would "
                 "never train; leave it out with exclude_modules"
             )
+        if layer_class is OFTExperts and getattr(module, "_is_expert_parallel", False):
+            raise AdapterError(
+                f"{name}: these experts are spread over devices (expert parallelism), and each device would train an "
+                "adapter of its own: leave them out with exclude_modules, or load the model without a plan for experts"
+            )
         if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
             kind = type(module).__name__
             raise AdapterError(f"{name}: this {kind} does not know its size until the model is called once")
