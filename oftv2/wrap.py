@@ -43,7 +43,7 @@ def wrap_model(
     Args:
         model (nn.Module): any model, quantized or not.
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
-            with ``block_size=32``.
+            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out.
         adapter_name (str): the adapter's name.
         group_projections (bool): rotate the input of gate and up projections once for both, where their module does
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
