@@ -26,9 +26,9 @@ def is_experts(module: Any) -> bool:
 
 
 def holds_experts(module: nn.Module, name: str) -> bool:
-    """Whether a module looks like experts with stacked weights, of any library."""
+    """Whether a module looks like experts with stacked weights, of any library and dtype."""
     called = "experts" in name.rpartition(".")[2] or type(module).__name__.endswith("Experts")
-    return called and any(_is_stacked(weight) for weight in module.parameters(recurse=False))
+    return called and any(len(full_shape(weight)) == 3 for weight in module.parameters(recurse=False))
 
 
 def up_name(module: Any) -> str:

@@ -140,8 +140,11 @@ class TestWrapping:
         model = model_of()
         layer = model.model.layers[0].mlp.experts
         layer.down_proj = torch.nn.Parameter(layer.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+        layer.gate_up_proj = torch.nn.Parameter(layer.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
         with pytest.raises(AdapterError, match=r"mlp.experts is a Qwen3MoeExperts, which cannot be adapted"):
             oftv2.wrap_model(model, **WRAPPED)
+        with pytest.warns(TargetWarning, match="this kind cannot be adapted"):
+            oftv2.wrap_model(model, block_size=16)
 
 
 class TestRefusedInUse:
