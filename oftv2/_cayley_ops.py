@@ -78,12 +78,12 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
     """``∂L/∂packed`` in k products, where reverse mode takes two for each of Δ's, and some of Δ's once more.
 
     ``∂L/∂Q = Σⱼ cⱼ Σᵢ NⁱGNʲ⁻¹⁻ⁱ`` with N = Qᵀ = −Q, j = 1 … k + 1, cⱼ = 2 but c₍ₖ₊₁₎ = 1. Only its skew part counts, to
-    which the j-th term contributes through half of G alone, ``Hⱼ = (G + (−1)ʲGᵀ)/2``. With that, ``NⁱHⱼNˡ`` transposed is
-    ``±NˡHⱼNⁱ``, so products from the left make all of the sum:
+    which the j-th term contributes through half of G alone, ``Hⱼ = (G + (−1)ʲGᵀ)/2``. Of that, the transpose of
+    ``NⁱHⱼNˡ`` is ``±NˡHⱼNⁱ``, so products from the left make all of the sum:
 
         Z ← c₍ₖ₊₁₎H₍ₖ₊₁₎;  for j = k … 1:  Z ← NZ + (−1)ʲ(NZ)ᵀ/j + cⱼHⱼ
 
-    NZ moves the coefficients of the ``NⁱHNˡ`` by one place, and 1/j of them in reverse evens them out: to 1 each at j = 1.
+    NZ moves the coefficients of ``NⁱHNˡ`` by one place, and 1/j of them in reverse evens them out: to 1 each at j = 1.
     """
     Q = _skew(generators, block_size)
     Z = grad.sub(grad.mT, alpha=(-1) ** terms).mul_(0.5)
