@@ -252,13 +252,16 @@ class OFTLayer(MergeableLayer):
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x R`` of activations ``(..., d)`` by the active adapters, in one step where a kernel can."""
-        if (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
+        delta = self._in_hand()
+        if delta is None and (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
             rotation = self.rotation
             if F.makes_rotation_on_the_way(x, rotation.block_size):
                 packed = self.changing_generators()
                 if packed is not None:
                     return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
-        return F.rotate(x, self.delta() if x.is_cpu else self.delta(x.dtype), direct=True)
+        if delta is None:
+            delta = self.delta() if x.is_cpu else self.delta(x.dtype)
+        return F.rotate(x, delta, direct=True)
 
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this
