@@ -246,7 +246,8 @@ class OFTLayer(MergeableLayer):
         generators = self.generators_of(names)
         if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
             self._check_divergence(zip((self.rotations[name] for name in names), generators, strict=True), self.name)
-            self._cache = None
+            if self._cache is not None:
+                self._cache = None
             return True
         return False
 
