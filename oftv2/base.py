@@ -261,7 +261,7 @@ class OFTLayer(MergeableLayer):
                 if packed is not None:
                     return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
         if delta is None:
-            delta = self.delta() if x.is_cpu else self.delta(x.dtype)
+            delta = self.kept_or_built(self.sequence, self._build, None if x.is_cpu else x.dtype)
         return F.rotate(x, delta, direct=True)
 
     def changing_generators(self) -> Tensor | None:
