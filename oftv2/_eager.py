@@ -44,7 +44,7 @@ class Transform(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 2]]
-        found: list[Tensor] | tuple[()] = ()
+        found: Sequence[Tensor] = ()
         if wanted:
             used = [grads[i] for i in wanted], [ctx.saved_tensors[i] for i in wanted]
             found = _together("cayley_neumann_backward", used, *ctx.settings)
