@@ -33,14 +33,23 @@ def unobserved(*tensors: Tensor) -> bool:
     )
 
 
+def version(tensor: Tensor) -> int | None:
+    """How often ``tensor`` was written to, as far as that is counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Transform(torch.autograd.Function):
-    """``Δ`` of several layers' generators of one block size; keeps the generators. What is not used has no gradient."""
+    """``Δ`` of several layers' generators of one block size. What is not used has no gradient.
+
+    It keeps the generators itself: tensors that autograd keeps are gone after one backward pass, and layers that share
+    this node may have several, each with a loss of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, block_size: int, terms: int, *generators: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*generators)
         ctx.set_materialize_grads(False)
         ctx.settings = block_size, terms
+        ctx.generators, ctx.versions = generators, [version(packed) for packed in generators]
         deltas: list[Tensor] = []
         for part in _parts(generators):
             deltas += _together("cayley_neumann", (generators[part],), block_size, terms)
@@ -50,7 +59,12 @@ class Transform(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 2]]
-        used, grads_used = [ctx.saved_tensors[i] for i in wanted], [grads[i] for i in wanted]
+        if any(version(ctx.generators[i]) != ctx.versions[i] for i in wanted):
+            raise RuntimeError(
+                "the generators of an adapter were written to between a forward pass and its backward pass, as by an "
+                "optimizer's step; their gradients would be wrong"
+            )
+        used, grads_used = [ctx.generators[i] for i in wanted], [grads[i] for i in wanted]
         found: list[Tensor] = []
         for part in _parts(used):
             found += _together("cayley_neumann_backward", (grads_used[part], used[part]), *ctx.settings)
