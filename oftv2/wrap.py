@@ -22,10 +22,19 @@ from .partitioned import gathered
 from .pretrained import present, unpresent
 from .rotation import Rotation
 from .sharding import check_unsharded
-from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
+from .state import (
+    AdapterState,
+    find_state,
+    get_state,
+    inner_model,
+    oft_layers,
+    persistent_buffers,
+    plain_parameter,
+    set_state,
+)
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .together import add_pass_hooks, remove_pass_hooks
-from .trained import add_state_hooks, remove_state_hooks, restore_originals
+from .trained import add_state_hooks, remove_state_hooks, restore_originals, set_trainable
 
 
 def wrap_model(
@@ -132,7 +141,7 @@ def install(
         sequence=(adapter_name,),
         trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         trained={adapter_name: tuple(trained)},
-        originals={name: _value(model.get_parameter(name)) for name in trained},
+        originals={name: _value(plain_parameter(model, name)) for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
     )
     model.requires_grad_(False)
@@ -141,7 +150,7 @@ def install(
     add_state_hooks(model)
     put_on_targets(model, config, targets, adapter_name)
     for name in trained:
-        plain_parameter(model, name).requires_grad_(True)
+        set_trainable(plain_parameter(model, name), True)
     _use_nested_tensors(model, state, False)
     set_state(model, state)
     present(model)
@@ -228,7 +237,7 @@ def _is_peft_layer(module: nn.Module) -> bool:
 
 
 def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) -> list[str]:
-    """Names of the base parameters that train in full: those of ``modules_to_save``, and biases."""
+    """Names of the base parameters that train in full: those of ``modules_to_save`` with its buffers, and biases."""
     everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # a tied one by each name
     names: list[str] = []
     for top in saved_modules(model, config):
@@ -236,6 +245,7 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
         if not inside or not all(model.get_parameter(name).is_floating_point() for name in inside):
             what = "quantized weights, which cannot be trained" if inside else "no parameters to train"
             raise AdapterError(f"modules_to_save: {top} ({type(model.get_submodule(top)).__name__}) has {what}")
+        inside += [name for name in persistent_buffers(model) if name.startswith(top + ".")]
         names += [name for name in inside if name not in names]
     if config.bias == "none":
         return names
@@ -249,7 +259,7 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
     return names + [name for name in biases if name not in names]
 
 
-def _value(parameter: nn.Parameter) -> Tensor:
+def _value(parameter: Tensor) -> Tensor:
     with gathered([parameter]):
         return parameter.detach().clone()
 
