@@ -8,6 +8,7 @@ belong to the model's state dictionary under names of their own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
+from .errors import AdapterError, TargetWarning
 from .partitioned import refuse_partitioned
 from .sharding import is_fsdp, is_sharded, plain_path
 from .state import (
@@ -29,6 +30,26 @@ from .state import (
 )
 
 PREFIX = "_oftv2."
+
+
+def warn_of_statistics(model: nn.Module, trained: Sequence[str]) -> None:
+    """A TargetWarning where training passes write running statistics that are not among ``trained``."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.running_mean is not None
+        and f"{path}.running_mean" not in trained
+    ]
+    if found:
+        name = found[0].rpartition(".")[2]
+        warnings.warn(
+            f"training passes change the running statistics of {len(found)} frozen layers ({found[0]}, a "
+            f"{type(model.get_submodule(found[0])).__name__}, …), and no adapter holds them: name these layers in "
+            f"modules_to_save, as in modules_to_save=[{name!r}], or keep them in eval mode",
+            TargetWarning,
+            stacklevel=3,
+        )
 
 
 def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from .state import (
 )
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .together import add_pass_hooks, remove_pass_hooks
-from .trained import add_state_hooks, remove_state_hooks, restore_originals, set_trainable
+from .trained import add_state_hooks, remove_state_hooks, restore_originals, set_trainable, warn_of_statistics
 
 
 def wrap_model(
@@ -52,7 +52,8 @@ def wrap_model(
     Args:
         model (nn.Module): any model, quantized or not.
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
-            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out.
+            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out. (Another one
+            tells of frozen layers with running statistics, which change in training and go with no adapter.)
         adapter_name (str): the adapter's name.
         group_projections (bool): rotate the input of gate and up projections once for both, where their module does
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
@@ -79,6 +80,7 @@ def wrap_model(
     if group_projections:
         check_groups(model)
     install(model, config, targets, adapter_name, trained=trained)
+    warn_of_statistics(model, trained)
     watch_optimizers(model)
     return group(model) if group_projections else model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -14,7 +15,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trai
 import oftv2
 from conftest import assert_close
 from merged_checkpoints import run
-from oftv2 import AdapterError, load_adapter, save_adapter, set_adapter, wrap_model
+from oftv2 import AdapterError, TargetWarning, load_adapter, save_adapter, set_adapter, wrap_model
 from peers import from_peft
 from trainer_runs import arguments
 
@@ -93,6 +94,17 @@ def test_adapters_have_their_own():
     assert same(set_adapter(restored, "other"), other)
     assert same(oftv2.merge(copy.deepcopy(model)), first)
     assert same(oftv2.unwrap_model(model), plain())
+
+
+def test_statistics_that_no_adapter_holds_are_warned_of():
+    with pytest.warns(TargetWarning, match=r"of 1 frozen layers \(1, a BatchNorm1d.*modules_to_save=\['1'\]"):
+        wrap_model(plain(), block_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap_model(plain(), **FIELDS)
+        model = plain()
+        model[1] = nn.BatchNorm1d(8, track_running_stats=False)
+        wrap_model(model, block_size=8)
 
 
 def segformer():
