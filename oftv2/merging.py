@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import AdapterError
 from .partitioned import refuse_partitioned
@@ -38,6 +39,16 @@ class MergeableLayer(nn.Module):
         weight = self.rotated_weight(self.base_layer, self.base_layer.weight.detach(), delta)
         return with_weights(self.base_layer, {"weight": weight})
 
+    def check_weight(self) -> None:
+        """Raises AdapterError where the base layer's weight is computed from others, and so cannot be replaced."""
+        if isinstance(self.base_layer.__dict__.get("weight"), Tensor) or is_parametrized(self.base_layer):
+            raise AdapterError(
+                f"{self.name}: the weight of its {type(self.base_layer).__name__} is computed in each forward pass "
+                "(weight_norm, spectral_norm, pruning, another parametrization), so nothing can be merged into it: "
+                "make it a plain parameter first, as by torch.nn.utils.parametrize.remove_parametrizations(base_layer, "
+                '"weight"), or leave the adapter unmerged'
+            )
+
     @staticmethod
     def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
         """``weight``, of the base layer's shape or some rows of it, with the rotation by ``I + Δ`` folded in.
@@ -56,8 +67,10 @@ class MergeableLayer(nn.Module):
             keep_original (bool): keep the original weight, so that :meth:`unmerge` restores it bit for bit.
 
         Raises:
-            AdapterError: already merged, no adapter active, or generators that are not finite.
+            AdapterError: already merged, no adapter active, generators that are not finite, or a weight that is
+                computed in each forward pass.
         """
+        self.check_weight()
         self._merge(self.merged_base, keep_original)
 
     def _merge(self, build: Callable[[Tensor], nn.Module], keep_original: bool) -> None:

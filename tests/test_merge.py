@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +23,32 @@ LAYERS = {
     "shared": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16, block_share=True)),
     "exact": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16, parametrization="cayley")),
 }
+
+
+COMPUTED = {
+    "weight-norm": (nn.utils.parametrizations.weight_norm, parametrize.remove_parametrizations),
+    "spectral-norm": (nn.utils.parametrizations.spectral_norm, parametrize.remove_parametrizations),
+    "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), prune.remove),
+}
+
+
+@pytest.mark.parametrize(("compute", "remove"), COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_are_computed(compute, remove):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), compute(nn.Linear(32, 8))).eval()
+    x = torch.randn(4, 32)
+    plain, buffers = model(x), [buffer.clone() for buffer in model.buffers()]
+    wrap_model(model, block_size=8)
+    assert torch.equal(model(x), plain)
+    assert all(map(torch.equal, model.buffers(), buffers))
+    randomize(model, 0.1)
+    expected = model.eval()(x)
+    with pytest.raises(AdapterError, match=r"^1: the weight of its (Parametrized)?Linear is computed"):
+        merge(model)
+    assert isinstance(model[0], OFTLinear)
+    assert torch.equal(model(x), expected)
+    remove(model[1].base_layer, "weight")
+    assert_close("merged", merge(model)(x), expected, 1e-6)
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
