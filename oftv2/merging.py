@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,10 +42,21 @@ class MergeableLayer(nn.Module):
         return with_weights(self.base_layer, {"weight": weight})
 
     def check_weight(self) -> None:
-        """Raises AdapterError where the base layer's weight is computed from others, and so cannot be replaced."""
-        if isinstance(self.base_layer.__dict__.get("weight"), Tensor) or is_parametrized(self.base_layer):
+        """Raises AdapterError where the base layer would not go by another weight, or has none here."""
+        base = self.base_layer
+        if any(parameter.is_meta for parameter in base.parameters()):
             raise AdapterError(
-                f"{self.name}: the weight of its {type(self.base_layer).__name__} is computed in each forward pass "
+                f"{self.name}: the weight is on the meta device, offloaded perhaps: load the base without offloading, "
+                "merge files with `python -m oftv2 merge`, or leave the adapter unmerged"
+            )
+        if "forward" in vars(base) and _rebound(base.forward, base, self) is base.forward:
+            raise AdapterError(
+                f"{self.name}: the forward of its {type(base).__name__} was replaced by a function that may go on with "
+                "the weight as it is: take that off before merging, or leave the adapter unmerged"
+            )
+        if isinstance(vars(base).get("weight"), Tensor) or is_parametrized(base):
+            raise AdapterError(
+                f"{self.name}: the weight of its {type(base).__name__} is computed in each forward pass "
                 "(weight_norm, spectral_norm, pruning, another parametrization), so nothing can be merged into it: "
                 "make it a plain parameter first, as by torch.nn.utils.parametrize.remove_parametrizations(base_layer, "
                 '"weight"), or leave the adapter unmerged'
@@ -139,9 +152,22 @@ def with_weights(module: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     clone = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(clone, registry, dict(getattr(module, registry)))
+    vars(clone).update({name: _rebound(value, module, clone) for name, value in vars(clone).items()})
     for name, weight in weights.items():
         setattr(clone, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))
     return clone
+
+
+def _rebound(value: Any, module: nn.Module, clone: nn.Module) -> Any:
+    """A method of ``module`` as one of ``clone``, such as the forward that accelerate's hooks put in its place."""
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        return types.MethodType(value.__func__, clone)
+    if isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+        arguments = (clone if argument is module else argument for argument in value.args)
+        rebound = functools.partial(value.func, *arguments, **value.keywords)
+        vars(rebound).update({name: _rebound(inner, module, clone) for name, inner in vars(value).items()})
+        return rebound
+    return value
 
 
 def row_slices(shape: Sequence[int]) -> Iterator[slice]:
