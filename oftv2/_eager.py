@@ -30,23 +30,37 @@ def unobserved(*tensors: Tensor) -> bool:
     )
 
 
+def version(tensor: Tensor) -> int | None:
+    """How often ``tensor`` was written to, as far as that is counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Transform(torch.autograd.Function):
-    """``Δ`` of several layers' generators of one block size; keeps the generators. What is not used has no gradient."""
+    """``Δ`` of several layers' generators of one block size. What is not used has no gradient.
+
+    It keeps the generators itself: tensors that autograd keeps are gone after one backward pass, and layers that share
+    this node may have several, each with a loss of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, block_size: int, terms: int, *generators: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*generators)
         ctx.set_materialize_grads(False)
         ctx.settings = block_size, terms
+        ctx.generators, ctx.versions = generators, [version(packed) for packed in generators]
         return tuple(_together("cayley_neumann", (generators,), block_size, terms))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 2]]
+        if any(version(ctx.generators[i]) != ctx.versions[i] for i in wanted):
+            raise RuntimeError(
+                "the generators of an adapter were written to between a forward pass and its backward pass, as by an "
+                "optimizer's step; their gradients would be wrong"
+            )
         found: Sequence[Tensor] = ()
         if wanted:
-            used = [grads[i] for i in wanted], [ctx.saved_tensors[i] for i in wanted]
+            used = [grads[i] for i in wanted], [ctx.generators[i] for i in wanted]
             found = _together("cayley_neumann_backward", used, *ctx.settings)
         by_place = dict(zip(wanted, found, strict=True))
         return None, None, *(by_place.get(i) for i in range(len(grads)))

@@ -46,7 +46,7 @@ class OFTLayer(MergeableLayer):
     """
 
     rows: LayerRows | None = None  # within adapters_per_row
-    handed: Tensor | None = None  # Δ of one forward pass, made with those of the model's other layers
+    handed: KeptRotation | None = None  # of one forward pass, made with those of the model's other layers
     base_layer: Any  # a module of any class; its attributes are its own affair
 
     def __init__(
@@ -201,10 +201,11 @@ class OFTLayer(MergeableLayer):
         return self.kept_or_built(self.sequence, self._build, dtype) if handed is None else handed
 
     def _in_hand(self) -> Tensor | None:
-        """Δ that the model made for this pass; not in a checkpoint, which makes it again when it is gone."""
+        """Δ that the model made for this pass, of these adapters as they are; not in a checkpoint, which makes it again
+        when it is gone."""
         if torch.compiler.is_compiling() or self.handed is None or not torch.is_grad_enabled() or in_checkpoint():
             return None
-        return self.handed
+        return self.handed.delta if self.handed.is_of(self.generators_of(self.sequence)) else None
 
     def kept_or_built(
         self, names: Sequence[str], build: Callable[..., Tensor], dtype: torch.dtype | None = None
@@ -280,7 +281,7 @@ class OFTLayer(MergeableLayer):
     # ------------------------------------------------------------------------------------------ module plumbing
 
     def train(self, mode: bool = True) -> OFTLayer:
-        self._cache = None
+        self._cache = self.handed = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OFTLayer:
