@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distributed_trainers  # noqa: F401  (registers its runs)
+import mixtures
 import oftv2
 from conftest import randomize
 from distributed_models import (
@@ -49,26 +50,8 @@ def shard(model: Any) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-PLAIN = {
-    f"{how}-{kind}-{form}": (how, kind, form)
-    for how, kind, form in [
-        ("ddp", "float32", "weight"),
-        ("ddp", "nf4-uint8", "input"),
-        ("fsdp", "float32", "input"),
-        ("fsdp", "float32", "weight"),
-        ("fsdp", "bfloat16", "input"),
-        ("fsdp", "nf4-uint8", "input"),
-        ("fsdp", "nf4-bfloat16", "input"),
-    ]
-}
-
-
-def plain(folder: Path, rank: int, world: int, how: str, kind: str, form: str) -> dict[str, Any]:
-    """Three steps of SGD with gradient checkpointing, and everything that is done to the model afterwards."""
-    model = oftv2.wrap_model(base(folder, kind), block_size=16).train()
-    for layer in model.modules():
-        if isinstance(layer, oftv2.OFTLayer):
-            layer.form = form
+def train(model: Any, how: str, rank: int, world: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Three steps of SGD with gradient checkpointing: the model as it is distributed, and what the steps found."""
     model.gradient_checkpointing_enable()
     outer = model
     if world > 1:
@@ -84,7 +67,30 @@ def plain(folder: Path, rank: int, world: int, how: str, kind: str, form: str) -
         found["gradients"].append([whole(parameter.grad) for parameter in parameters])
         optimizer.step()
         optimizer.zero_grad()
-    found["generators"] = generators(model)
+    return outer, {**found, "generators": generators(model)}
+
+
+PLAIN = {
+    f"{how}-{kind}-{form}": (how, kind, form)
+    for how, kind, form in [
+        ("ddp", "float32", "weight"),
+        ("ddp", "nf4-uint8", "input"),
+        ("fsdp", "float32", "input"),
+        ("fsdp", "float32", "weight"),
+        ("fsdp", "bfloat16", "input"),
+        ("fsdp", "nf4-uint8", "input"),
+        ("fsdp", "nf4-bfloat16", "input"),
+    ]
+}
+
+
+def plain(folder: Path, rank: int, world: int, how: str, kind: str, form: str) -> dict[str, Any]:
+    """Three steps, and everything that is done to the model afterwards."""
+    model = oftv2.wrap_model(base(folder, kind), block_size=16).train()
+    for layer in model.modules():
+        if isinstance(layer, oftv2.OFTLayer):
+            layer.form = form
+    outer, found = train(model, how, rank, world)
     found["figures"] = oftv2.diagnostics(model)["model.layers.1.mlp.down_proj"].rotation_angle
     oftv2.save_adapter(model, folder / f"plain-{how}-{kind}-{form}-{world}")
     model.save_pretrained(folder / f"pretrained-{how}-{kind}-{form}-{world}", is_main_process=rank == 0)
@@ -95,6 +101,19 @@ def plain(folder: Path, rank: int, world: int, how: str, kind: str, form: str) -
 
 for _name, _settings in PLAIN.items():
     run(_name)(lambda folder, rank, world, settings=_settings: plain(folder, rank, world, *settings))
+
+
+def experts(folder: Path, rank: int, world: int, how: str) -> dict[str, Any]:
+    """Three steps of a mixture whose experts are rotated; each process's tokens go to other ones."""
+    model = oftv2.wrap_model(mixtures.model_of(), **mixtures.WRAPPED).train()
+    randomize(model)
+    _, found = train(model, how, rank, world)
+    oftv2.save_adapter(model, folder / f"experts-{how}-{world}", format="oftv2")
+    return found
+
+
+run("experts-ddp")(lambda folder, rank, world: experts(folder, rank, world, "ddp"))
+run("experts-fsdp")(lambda folder, rank, world: experts(folder, rank, world, "fsdp"))
 
 
 @run("save-at-once")

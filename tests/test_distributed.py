@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+import mixtures
 import oftv2
-from conftest import assert_close, randomize
+from conftest import adapted_paths, assert_close, randomize
 from distributed_models import base, generators
 from distributed_runs import PLAIN
 from distributed_trainers import PREFERENCES, TRAINERS
@@ -67,11 +68,7 @@ def same_losses(actual: list[float], expected: list[float], kind: str = "float32
     assert actual == pytest.approx(expected, rel=3e-4 if "bfloat16" in kind else 2e-6)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_plain_torch(results, name):
-    """Gradients, updates and what is saved, in both forms of a layer, with checkpointing."""
-    how, kind, _ = PLAIN[name]
-    single, ranks = results(name, 1), [results(name, 2, rank) for rank in (0, 1)]
+def same_steps(ranks: list[dict[str, Any]], single: dict[str, Any], kind: str = "float32") -> None:
     same_losses(
         [sum(both) / 2 for both in zip(*(rank["losses"] for rank in ranks), strict=True)], single["losses"], kind
     )
@@ -80,6 +77,15 @@ def test_plain_torch(results, name):
             assert_all_close(f"gradient of step {step}", gradients, single["gradients"][step], rounding(kind))
         assert_all_close("generators", rank["generators"], single["generators"], rounding(kind))
         assert all(map(torch.equal, rank["generators"], ranks[0]["generators"]))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_torch(results, name):
+    """Gradients, updates and what is saved, in both forms of a layer, with checkpointing."""
+    how, kind, _ = PLAIN[name]
+    single, ranks = results(name, 1), [results(name, 2, rank) for rank in (0, 1)]
+    same_steps(ranks, single, kind)
+    for rank in ranks:
         assert_close("base model", rank["disabled"], single["disabled"], rounding(kind))
         assert rank["figures"] == pytest.approx(single["figures"], rel=rounding(kind))
     for place in ("plain", "pretrained"):
@@ -89,6 +95,15 @@ def test_plain_torch(results, name):
         ours, theirs = (load_file(f"{folder}-{world}/adapter_model.safetensors") for world in (2, 1))
         assert ours.keys() == theirs.keys()
         assert (Path(f"{folder}-2") / "README.md").read_text() == (Path(f"{folder}-1") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_experts(results, how):
+    single, ranks = results(f"experts-{how}", 1), [results(f"experts-{how}", 2, rank) for rank in (0, 1)]
+    same_steps(ranks, single)
+    loaded = load_adapter(mixtures.model_of(), results.folder / f"experts-{how}-2")
+    assert any("experts" in path for path in adapted_paths(loaded))
+    assert all(map(torch.equal, generators(loaded), ranks[0]["generators"]))
 
 
 def test_processes_that_save_at_once_leave_whole_adapters(results):
