@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from distributed_models import (
     run,
     whole,
 )
+from oftv2 import sharding
 
 # ---------------------------------------------------------------------------------------------- plain torch
 
@@ -127,6 +130,25 @@ def save_at_once(folder: Path, rank: int, world: int) -> bool:
         loaded = generators(oftv2.load_adapter(copy.deepcopy(oftv2.unwrap_model(copy.deepcopy(model))), same))
         assert min(abs(loaded[0].std().item() / (0.01 * (other + 1)) - 1) for other in range(world)) < 0.2
     return not [path for path in same.iterdir() if path.name.endswith(".tmp") and f".{os.getpid()}." in path.name]
+
+
+@run("save-late")
+def save_late(folder: Path, rank: int, world: int) -> list[str]:
+    """The first process saves a sharded model, and waits for the second; what it is warned of."""
+    if world == 1:
+        return []
+    model = shard(oftv2.wrap_model(base(folder, "float32"), block_size=16))
+    patience, sharding.PATIENCE = sharding.PATIENCE, 0.2
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            time.sleep(1.5 * rank)
+            oftv2.save_adapter(model, folder / "late")
+            sharding.PATIENCE = 60.0
+            oftv2.save_adapter(model, folder / "late")  # nobody waits long
+    finally:
+        sharding.PATIENCE = patience
+    return [str(warning.message) for warning in caught if "waited" in str(warning.message)]
 
 
 # ---------------------------------------------------------------------------------------------- accelerate

@@ -110,6 +110,16 @@ def test_processes_that_save_at_once_leave_whole_adapters(results):
     assert all(results("save-at-once", 2, rank) for rank in (0, 1))
 
 
+def test_a_process_that_saves_alone_says_what_it_waits_for(results):
+    """It cannot know whether the others come."""
+    first, late = (results("save-late", 2, rank) for rank in (0, 1))
+    assert len(first) == 1
+    assert first[0].startswith("save_adapter has waited 0.2 s for other processes")
+    assert "Every process has to call save_adapter" in first[0]
+    assert not late
+    assert load_adapter(base(results.folder, "float32"), results.folder / "late")
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_accelerate(results, how):
     single, ranks = results(f"loop-{how}", 1), [results(f"loop-{how}", 2, rank) for rank in (0, 1)]
