@@ -154,19 +154,26 @@ def save_late(folder: Path, rank: int, world: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------- accelerate
 
 
+STATE_DICT_TYPES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+
+
 class Loop:
     """A training loop as accelerate's documentation writes it."""
 
-    def __init__(self, folder: Path, world: int, *, fsdp: bool) -> None:
+    def __init__(self, folder: Path, world: int, *, fsdp: bool, adapters_only: str | None = None) -> None:
         forget_accelerate()
         set_seed(0)
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type=adapters_only
+        )
         self.accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin if fsdp and world > 1 else None
         )
         model = oftv2.wrap_model(base(folder, "float32"), block_size=16)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         loader = torch.utils.data.DataLoader(IDS, batch_size=4 // world)
+        if adapters_only:
+            oftv2.save_adapters_only(self.accelerator)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
 
     def run(self, start: int, stop: int) -> list[float]:
@@ -184,9 +191,9 @@ class Loop:
         return found
 
 
-def loop(folder: Path, world: int, *, fsdp: bool) -> dict[str, Any]:
-    name = f"loop-{fsdp}-{world}"
-    straight = Loop(folder, world, fsdp=fsdp)
+def loop(folder: Path, world: int, **options: Any) -> dict[str, Any]:
+    name = f"loop-{'-'.join(map(str, options.values()))}-{world}"
+    straight = Loop(folder, world, **options)
     start = straight.run(0, 2)
     straight.accelerator.save_state(str(folder / name))
     end = straight.run(2, 6)
@@ -196,13 +203,17 @@ def loop(folder: Path, world: int, *, fsdp: bool) -> dict[str, Any]:
         folder / f"{name}-adapter", is_main_process=straight.accelerator.is_main_process, state_dict=state_dict
     )
     found = {"losses": start + end, "end": end, "generators": generators(model)}
-    resumed = Loop(folder, world, fsdp=fsdp)
+    resumed = Loop(folder, world, **options)
     resumed.accelerator.load_state(str(folder / name))
     return {**found, "resumed": resumed.run(2, 6)}
 
 
 run("loop-ddp")(lambda folder, rank, world: loop(folder, world, fsdp=False))
 run("loop-fsdp")(lambda folder, rank, world: loop(folder, world, fsdp=True))
+for _type in STATE_DICT_TYPES:
+    run(f"loop-fsdp-{_type}")(
+        lambda folder, rank, world, kind=_type: loop(folder, world, fsdp=True, adapters_only=kind)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -21,7 +21,7 @@ import mixtures
 import oftv2
 from conftest import adapted_paths, assert_close, randomize
 from distributed_models import base, generators
-from distributed_runs import PLAIN
+from distributed_runs import PLAIN, STATE_DICT_TYPES
 from distributed_trainers import PREFERENCES, TRAINERS
 from oftv2 import AdapterError, load_adapter, merge, save_adapter, wrap_model
 
@@ -131,6 +131,20 @@ def test_accelerate(results, how):
     loaded = load_adapter(base(results.folder, "float32"), folder)
     assert all(map(torch.equal, generators(loaded), ranks[0]["generators"]))
     assert not load_file(folder / "model.safetensors").keys() - dict(loaded.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("kind", STATE_DICT_TYPES)
+def test_accelerate_saves_states_of_adapters_only(results, kind):
+    """With FSDP2; as exact as states of the whole model."""
+    ranks = [results(f"loop-fsdp-{kind}", 2, rank) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["losses"] == results("loop-fsdp", 2)["losses"]
+        assert rank["resumed"] == rank["end"]
+    state = results.folder / f"loop-True-{kind}-2"
+    models = [path for path in state.rglob("*") if path.is_file() and "pytorch_model_fsdp" in str(path)]
+    adapter = sum(tensor.nbytes for tensor in ranks[0]["generators"])
+    assert adapter <= sum(path.stat().st_size for path in models) < 3 * adapter
+    assert 3 * adapter < sum(parameter.nbytes for parameter in base(results.folder, "float32").parameters())
 
 
 @pytest.mark.parametrize("name", TRAINERS)
