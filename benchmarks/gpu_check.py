@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command: the kernel tests, then benchmarks, figures and goals side by side.
 
     make gpu-check                                        # or: python benchmarks/gpu_check.py
-    python benchmarks/gpu_check.py --quick                # one model's shapes, fewer rounds
+    python benchmarks/gpu_check.py --quick                # of each test one shape, one model's shapes, fewer rounds
     python benchmarks/gpu_check.py --only 'kernels|steps' # some suites; `tests` is one
     python benchmarks/gpu_check.py --device cpu           # tiny shapes: checks this script, not the speed
 
@@ -21,9 +21,13 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gpu_measure
 import torch
@@ -49,34 +53,57 @@ def test_files() -> list[str]:
     return [str(ROOT / "tests" / name) for name in names]
 
 
-def run_tests(folder: str, log: Path, seconds: float) -> dict[str, object]:
-    """The tests marked ``gpu``: a row of the table. What they print goes to ``log`` as it comes."""
+def run_tests(folder: str, log: Path, seconds: float, *, quick: bool) -> dict[str, object]:
+    """The tests marked ``gpu``: a row of the table. What they print goes to ``log``."""
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing:
         return {"what": "tests on the device", "goal": "pass", "figure": f"missing: {', '.join(missing)}", "met": None}
     # The package comes from `folder`: not from the working directory, and with the options of pyproject.toml that want
     # plugins left out. A kernel that goes wrong takes all that follows in its process with it, so not many may fail.
-    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "addopts=", "--maxfail=25"]
-    if importlib.util.find_spec("xdist"):  # compiling takes most of the time
-        options += ["-n", str(min(12, max(1, len(os.sched_getaffinity(0)) - 2)))]
-    command = [sys.executable, "-m", "pytest", *options, *test_files()]
+    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-o", "addopts=", "--maxfail=10"]
+    command = [sys.executable, "-m", "pytest", *options, *["--quick"] * quick]
     # Blocking launches: an error belongs to the test that made it.
-    environment = {**os.environ, "PYTHONPATH": folder, "CUDA_LAUNCH_BLOCKING": "1"}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        code = measure.run_limited(command, seconds, stdout=file, stderr=file, cwd=folder, env=environment)
-    text = log.read_text()
-    if code:
-        print(text[-6000:])
-    last = (text.strip().splitlines() or ["nothing was printed"])[-1].strip("= ")
-    end = f"stopped after {seconds:.0f} s at {last}" if code is None else last
+    place: dict[str, Any] = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": folder, "CUDA_LAUNCH_BLOCKING": "1"}}
+    parts = log.parent / log.stem  # a file for each process while they run
+    parts.mkdir(parents=True, exist_ok=True)
+
+    def run(tests: str) -> tuple[int | None, str]:
+        part = parts / f"{Path(tests).stem}.txt"
+        with part.open("w") as file:
+            code = measure.run_limited([*command, tests], seconds, stdout=file, stderr=file, **place)
+        return code, part.read_text()
+
+    # Compiling takes most of the time, up to 900 variants of the kernels: a process for each file of tests.
+    with ThreadPoolExecutor(len(test_files())) as pool:
+        found = list(pool.map(run, test_files()))
+    log.write_text("\n".join(text for _, text in found))
+    shutil.rmtree(parts)
+    for code, text in found:
+        if code:
+            print(text[-6000:])
     without = "" if importlib.util.find_spec("bitsandbytes") else ", without those of 4-bit layers: no bitsandbytes"
+    passed = all(code == 0 for code, _ in found)
     return {
-        "what": f"tests on the device: {end}{without}",
+        "what": f"tests on the device: {outcomes(found, seconds)}{without}",
         "goal": "pass",
-        "figure": "pass" if code == 0 else "FAIL",
-        "met": code == 0,
+        "figure": "pass" if passed else "FAIL",
+        "met": passed,
     }
+
+
+def outcomes(found: list[tuple[int | None, str]], seconds: float) -> str:
+    """How many tests passed and failed, and where processes were stopped, from pytest's last lines."""
+    counts: Counter[str] = Counter()
+    stopped = []
+    for code, text in found:
+        last = (text.strip().splitlines() or ["nothing was printed"])[-1].strip("= ")
+        if code is None:
+            stopped.append(f"stopped after {seconds:.0f} s at {last}")
+            continue
+        for number, outcome in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last):
+            counts[outcome] += int(number)
+    ended = ", ".join(f"{number} {outcome}" for outcome, number in counts.items()) or "no process ran to its end"
+    return "; ".join([ended, *stopped])
 
 
 def run_suite(suite: str, seconds: float, *, device: str, quick: bool, isolated: bool) -> list[dict[str, object]]:
@@ -117,7 +144,7 @@ def write(out: Path, about: dict[str, object], rows: list[dict[str, object]]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one model's shapes, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="of each test one shape, one model's, fewer rounds")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--only", default="", metavar="PATTERN", help="suites whose names match a regular expression")
     parser.add_argument("--skip-tests", action="store_true")
@@ -142,7 +169,7 @@ def main() -> None:
         if left < 10:
             found = [gpu_measure.row(f"{suite}: no time was left of --minutes {args.minutes:g}", "", "not run")]
         elif suite == "tests":
-            found = [run_tests(folder, Path(f"{out}-tests.txt"), min(left, _TEST_SECONDS))]
+            found = [run_tests(folder, Path(f"{out}-tests.txt"), min(left, _TEST_SECONDS), quick=args.quick)]
         else:
             limits = {"device": args.device, "quick": args.quick, "isolated": on_gpu}
             found = run_suite(suite, min(left, _SECONDS), **limits)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
+from .fsdp_checkpoints import save_states_of_adapters_only
 from .loading import load_adapter
 from .saving import save_adapter
 from .state import find_state, get_state
@@ -23,25 +24,30 @@ def save_adapters_only(accelerator: Any) -> None:
 
     An adapter is a folder in ``adapters/`` of the saved state, in this library's own format. Optimizers,
     schedules, random states and models that are not wrapped stay as they are; resuming is exact. A second call on the
-    same accelerator changes nothing. With DeepSpeed, states are checkpoints of its engine, which leave the base out
-    anyway.
+    same accelerator changes nothing. With FSDP2, adapters are what accelerate saves of a model in its own format, whole
+    or sharded. With DeepSpeed, states are checkpoints of its engine, which leave the base out anyway.
 
     Args:
         accelerator (accelerate.Accelerator): the loop's.
 
     Raises:
-        AdapterError: here for FSDP and Megatron, which save models themselves; when a state is saved or
+        AdapterError: here for FSDP1 and Megatron, which save models themselves; when a state is saved or
             loaded, what :func:`oftv2.save_adapter` and :func:`oftv2.load_adapter` refuse, and adapters of other names.
     """
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     if kind == "DEEPSPEED":
         serve_deepspeed()  # whose checkpoints are the states
         return
-    if kind in _SHARDED:
-        raise AdapterError(f"{kind} saves models itself, and a hook cannot leave the base out: use save_adapter")
+    fsdp2 = kind == "FSDP" and getattr(accelerator, "is_fsdp2", False)
+    if kind in _SHARDED and not fsdp2:
+        name = "FSDP1" if kind == "FSDP" else kind
+        raise AdapterError(f"{name} saves models itself, and a hook cannot leave the base out: use save_adapter")
     if hasattr(accelerator, _MARK):
         return
     setattr(accelerator, _MARK, True)
+    if fsdp2:
+        save_states_of_adapters_only(_MARK)
+        return
 
     def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         for index, model in _wrapped(accelerator, models):

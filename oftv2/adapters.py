@@ -9,6 +9,7 @@ from torch import nn
 
 from .base import OFTLayer
 from .config import OFTConfig
+from .deepspeed_engine import check_no_engine
 from .errors import AdapterError
 from .gradient_check import check_gradients
 from .optimizer_check import watch_optimizers
@@ -36,8 +37,9 @@ def add_adapter(model: nn.Module, adapter_name: str, config: OFTConfig | None = 
         nn.Module: the same object.
 
     Raises:
-        AdapterError: a model that is not wrapped, merged or sharded, or within ``disable_adapter``; a name that is
-            taken or not allowed; and whatever :func:`oftv2.wrap_model` refuses. Nothing is changed then.
+        AdapterError: a model that is not wrapped, merged, sharded or in a DeepSpeed engine, or within
+            ``disable_adapter``; a name that is taken or not allowed; and whatever :func:`oftv2.wrap_model` refuses.
+            Nothing is changed then.
         ConfigError: a field with a value that is not allowed.
     """
     config = merged_config(config, fields)
@@ -136,6 +138,7 @@ def check_addable(model: nn.Module, adapter_name: str) -> None:
         )
     check_changeable(model)
     check_unsharded(model, "add and load adapters before")
+    check_no_engine(model)
 
 
 def put(model: nn.Module, adapter_name: str, config: OFTConfig, targets: list[Target], trained: Sequence[str]) -> None:

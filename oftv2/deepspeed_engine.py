@@ -1,7 +1,7 @@
-"""DeepSpeed's engine around a wrapped model: its checkpoints leave the frozen base out.
+"""DeepSpeed's engine around a wrapped model: generators stay in float32, and checkpoints leave the frozen base out.
 
-transformers has them do so for a ``PeftModel``, by arguments. A wrapped model is none, so the engine's class gets other
-defaults for it; arguments that are given are honoured, and engines around other models stay as they are.
+transformers has the latter done for a ``PeftModel``, by arguments. A wrapped model is none, so the engine's class gets
+other defaults for it; arguments that are given are honoured, and engines around other models stay as they are.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import sys
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
 from .fitting import listed
-from .partitioned import gathered
-from .state import find_state
+from .partitioned import gathered, has_master
+from .state import find_state, oft_layers
 from .trained import trained_keys
+
+_engines: WeakSet[Any] = WeakSet()  # those that were made since their class was served
 
 
 def serve_deepspeed() -> None:
@@ -26,8 +29,54 @@ def serve_deepspeed() -> None:
     if engine_class is None or hasattr(engine_class, "_oftv2"):
         return
     engine_class._oftv2 = True
-    for served in (_served_save, _served_module, _served_load, _served_gathers, _served_state_dict):
+    for served in (_served_model, _served_save, _served_module, _served_load, _served_gathers, _served_state_dict):
         served(engine_class)
+
+
+def check_no_engine(model: nn.Module) -> None:
+    """Raises AdapterError where a DeepSpeed engine trains the model, for it would not train what is added to it."""
+    engines = [engine for engine in _engines if engine.module is model]
+    if any(map(_trains, engines)) or any(map(has_master, model.parameters())):
+        raise AdapterError(
+            f"this {type(model).__name__} is in a DeepSpeed engine, whose optimizer would not train another adapter: "
+            "wrap models, and add and load adapters, before deepspeed.initialize (or before the trainer starts)"
+        )
+
+
+def keeps_copies(model: nn.Module, parameters: list[nn.Parameter]) -> bool:
+    """Whether a DeepSpeed engine keeps copies of these parameters, and writes them over the parameters at each step."""
+    if any(map(has_master, parameters)):
+        return True
+    engines = [engine for engine in _engines if engine.module is model]
+    return any(_trains(engine) and engine.optimizer is not engine.basic_optimizer for engine in engines)
+
+
+def _trains(engine: Any) -> bool:
+    return getattr(engine, "basic_optimizer", None) is not None
+
+
+def _served_model(engine_class: Any) -> None:
+    """Has engines be known, and generators keep their values where an engine casts its model to 16 bit."""
+    original = engine_class._configure_distributed_model
+
+    @functools.wraps(original)
+    def _configure_distributed_model(self: Any, model: nn.Module) -> None:
+        _engines.add(self)
+        generators = [(p, p.data) for _, layer in oft_layers(model) for p in layer.generators.values()]
+        broadcast = self._broadcast_model
+
+        def restore_and_broadcast() -> None:  # the model is cast by now, and no optimizer has copied anything
+            for parameter, values in generators:
+                parameter.data = values.to(parameter.device)
+            broadcast()
+
+        self._broadcast_model = restore_and_broadcast
+        try:
+            original(self, model)
+        finally:
+            del self._broadcast_model
+
+    engine_class._configure_distributed_model = _configure_distributed_model
 
 
 def _served_save(engine_class: Any) -> None:

@@ -29,6 +29,25 @@ def serve_accelerate() -> None:
             setattr(module, name, replacement)
 
 
+def save_states_of_adapters_only(mark: str) -> None:
+    """Has ``save_state`` and ``load_state`` of accelerators with this attribute ask for "the adapter only" too."""
+    import accelerate.accelerator as module
+
+    serve_accelerate()
+    for name in ("save_fsdp_model", "load_fsdp_model"):
+        original: Any = getattr(module, name)
+        if not hasattr(original, "_oftv2"):
+            replacement: Any = functools.wraps(original)(functools.partial(_ask, original, mark))
+            replacement._oftv2 = True
+            setattr(module, name, replacement)
+
+
+def _ask(original: Any, mark: str, plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **options: Any) -> Any:
+    if hasattr(accelerator, mark) and _names(model):
+        options["adapter_only"] = True
+    return original(plugin, accelerator, model, *args, **options)
+
+
 def _get(original: Any, model: nn.Module, adapter_only: bool = False, sd_options: Any = None) -> Any:
     """The adapters' part of a model's state dictionary, sharded or gathered as is asked for."""
     if not (adapter_only and (names := _names(model))):

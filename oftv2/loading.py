@@ -14,6 +14,7 @@ from .adapter_file import (
 from .adapters import check_addable, put
 from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, keep_sketches
+from .deepspeed_engine import keeps_copies
 from .errors import AdapterError, PeftFormatWarning
 from .fitting import (
     check_tensors,
@@ -27,7 +28,7 @@ from .fitting import (
 from .gradient_check import check_gradients
 from .merged_before import config_of, merged_before
 from .optimizer_check import watch_optimizers
-from .partitioned import gathered, has_master, refuse_partitioned
+from .partitioned import gathered, refuse_partitioned
 from .reading import read_adapter
 from .sharding import check_unsharded
 from .single_file import located
@@ -157,7 +158,7 @@ def hotswap_adapter(
 
 def _check_writable(model: nn.Module, adapter_name: str) -> None:
     """Raises AdapterError where a DeepSpeed engine would write its own copy over what is loaded."""
-    if any(has_master(parameter) for parameter in adapter_parameters(model, adapter_name)):
+    if keeps_copies(model, adapter_parameters(model, adapter_name)):
         raise AdapterError(
             f"the adapter {adapter_name!r} is in a DeepSpeed engine, whose next step would write its own copy over "
             "what is loaded: load the adapter before deepspeed.initialize (or before the trainer starts), or one of "

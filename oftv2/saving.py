@@ -31,7 +31,7 @@ from .fitting import check_tensors, listed, refuse
 from .model_card import write_card
 from .partitioned import gathered, is_partitioned
 from .peft_format import peft_layout
-from .sharding import is_sharded, is_writer, unsharded, whole_generators
+from .sharding import is_sharded, is_writer, unsharded, warning_of_waits, whole_generators
 from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
 from .trained import base_values
 
@@ -57,8 +57,8 @@ def save_adapter(
     people.
 
     Of a model that FSDP2 or DeepSpeed ZeRO-3 shards, **every process has to call this**: together they gather the
-    adapter, the first one writes it, and the others wait until it is there. Under DDP any of them may call it, or all,
-    with the model inside.
+    adapter, the first one writes it, and the others wait until it is there. One that is alone warns after a minute, and
+    waits as long as the process group's timeout. Under DDP any of them may call it, or all, with the model inside.
 
     Args:
         model (nn.Module): a wrapped model.
@@ -82,14 +82,15 @@ def save_adapter(
     check_unmerged(model)
     layers, parameters = layers_of(model, name), adapter_parameters(model, name)
     collective = any(is_sharded(parameter) or is_partitioned(parameter) for parameter in parameters)
-    try:
-        with unsharded(model, parameters), gathered(parameters):
-            if collective:
+    if not collective:
+        return _write(folder, *_content(model, name, layers, format))
+    with warning_of_waits("save_adapter"):
+        try:
+            with unsharded(model, parameters), gathered(parameters):
                 keep_sketches({path: layer.base_layer for path, layer in layers.items()})
-            content = _content(model, name, layers, format)
-            return Path(folder) if collective and not is_writer() else _write(folder, *content)
-    finally:
-        if collective:
+                content = _content(model, name, layers, format)
+                return _write(folder, *content) if is_writer() else Path(folder)
+        finally:
             torch.distributed.barrier()  # whichever process reads it next, it is there
 
 

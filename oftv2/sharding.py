@@ -6,6 +6,8 @@ one. Gathering a DTensor is a collective operation: every process has to take pa
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError
 
+PATIENCE = 60.0  # seconds; gathering an adapter takes a few
 _IN_PATHS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -92,6 +95,29 @@ def unsharded(
     finally:
         for registry, leaf, parameter in places:
             registry[leaf] = parameter
+
+
+@contextmanager
+def warning_of_waits(call: str) -> Iterator[None]:
+    """Around what all processes do together: one that waits long for the others says so.
+
+    It cannot know whether they are late or were never told to come, and torch waits for as long as the process group's
+    timeout says (10 minutes or more), so this warns and raises nothing.
+
+    Args:
+        call (str): what every process has to call.
+    """
+    text = (
+        f"{call} has waited {PATIENCE:g} s for other processes: the model is sharded, and all of them gather it "
+        f"together. Every process has to call {call}, and not only the first one"
+    )
+    timer = threading.Timer(PATIENCE, warnings.warn, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_writer() -> bool:

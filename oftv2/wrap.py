@@ -12,7 +12,7 @@ from .base import DEFAULT_ADAPTER, OFTLayer
 from .base_check import keep_sketches
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
-from .deepspeed_engine import serve_deepspeed
+from .deepspeed_engine import check_no_engine, serve_deepspeed
 from .errors import AdapterError
 from .gradient_check import check_gradients
 from .grouping import check_groups, ungroup
@@ -206,6 +206,7 @@ def check_model(model: nn.Module, adapter_name: str) -> None:
             f"the model is in a {type(model).__name__}: put the adapter on it first, and compile or distribute it "
             f"afterwards (the model inside is {inner})"
         )
+    check_no_engine(model)
     if (layer_class := layer_class_for(model)) is not None:
         raise AdapterError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "

@@ -32,11 +32,24 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="each test with its first shape alone, in every dtype")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes out the kernel tests that this machine is not for: on a CUDA device, or in the interpreter."""
-    elsewhere = [item for item in items if item.get_closest_marker("interpreter" if HAS_CUDA else "gpu")]
-    items[:] = [item for item in items if item not in elsewhere]
-    config.hook.pytest_deselected(items=elsewhere)
+    """Takes out kernel tests that this machine, with or without a CUDA device, is not for; and further shapes."""
+    left_out = [item for item in items if item.get_closest_marker("interpreter" if HAS_CUDA else "gpu")]
+    if config.getoption("--quick"):
+        first: dict[tuple[str, ...], pytest.Item] = {}
+        left_out += [item for item in items if first.setdefault(_without_shape(item), item) is not item]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _without_shape(item: pytest.Item) -> tuple[str, ...]:
+    """What a test is called with but for numbers and shapes: the dtype, the form, the layout, and where it runs."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return (item.nodeid.partition("[")[0], *(str(p) for p in parameters if isinstance(p, (bool, str, torch.dtype))))
 
 
 @pytest.fixture(

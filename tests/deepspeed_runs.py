@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import oftv2
+from conftest import randomize
 from deepspeed_models import IDS, adam, base, compare, config, engine_of, train, values, wrapped
 from deepspeed_partitions import PARTITIONS
 from oftv2 import AdapterError
@@ -54,6 +55,53 @@ def trains_a_16_bit_base(folder: Path, stage: int) -> None:
         assert {p.dtype for p in generators} == {torch.float32}
 
 
+def keeps_generators_of_any_model_in_float32(folder: Path, stage: int) -> None:
+    """DeepSpeed's bf16 casts all parameters of a model; what is trained are the first process's from before."""
+    model = oftv2.wrap_model(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), block_size=16)
+    randomize(model, std=0.02, seed=0)
+    start = values(model)
+    randomize(model, std=0.02, seed=torch.distributed.get_rank())
+    engine = engine_of(model, stage, bf16=True)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(torch.equal(value, start[name]) for name, value in values(model).items())
+    engine.backward(engine(torch.randn(4, 64, dtype=torch.bfloat16)).square().mean())
+    engine.step()
+    assert all((value - start[name]).abs().max() > 1e-3 for name, value in values(model).items())
+
+
+def refuses_adapters_that_would_not_be_trained(folder: Path, stage: int) -> None:
+    """Nor is anything loaded over what the optimizer has copies of: they would be written over it."""
+    oftv2.save_adapter(wrapped(base(folder)), place := folder / str(torch.distributed.get_rank()))
+    for bf16 in (False, True):
+        model = wrapped(base(folder))
+        engine = engine_of(model, stage, bf16=bf16)
+        before = values(model)
+        refused: list[Callable[[], Any]] = [
+            lambda: oftv2.add_adapter(model, "other", block_size=8),  # noqa: B023
+            lambda: oftv2.load_adapter(model, place, adapter_name="other"),  # noqa: B023
+        ]
+        for call in refused:
+            with pytest.raises(
+                AdapterError, match=r"^this Llama\w+ is in a DeepSpeed engine, .* before deepspeed\.init"
+            ):
+                call()
+        if stage or bf16:  # else the optimizer is torch's own, which keeps no copy
+            for load_over in (oftv2.load_adapter, oftv2.hotswap_adapter):
+                with pytest.raises(AdapterError, match=r"in a DeepSpeed engine, whose next step would write"):
+                    load_over(model, place)
+        else:
+            oftv2.load_adapter(model, place)
+        assert oftv2.adapter_names(model) == ["default"]
+        assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+        del engine
+    plain = base(folder)
+    keep = engine_of(plain, stage)
+    with pytest.raises(AdapterError, match=r"^this LlamaForCausalLM is in a DeepSpeed engine"):
+        oftv2.wrap_model(plain, block_size=16)
+    del keep
+
+
 def trains_an_nf4_base(folder: Path, stage: int) -> None:
     alone, model = (wrapped(load(folder.parent / "base", nf4=True)) for _ in range(2))
     compare(model, engine_of(model, stage), alone, 1e-4)
@@ -77,10 +125,6 @@ def saves_and_loads(folder: Path, stage: int) -> None:
         loaded = oftv2.load_adapter(base(folder), place, trainable=True)
         assert {name: value.shape for name, value in values(loaded).items()} == {n: v.shape for n, v in trained.items()}
         assert all(torch.equal(value, trained[name]) for name, value in values(loaded).items())
-        if stage:  # else the optimizer is torch's own, which keeps no copy
-            with pytest.raises(AdapterError, match=r"in a DeepSpeed engine, whose next step would write"):
-                oftv2.load_adapter(model, place)
-        assert all(torch.equal(value, trained[name]) for name, value in values(model).items())
         figures = oftv2.diagnostics(model)
         assert figures == oftv2.diagnostics(loaded)
         assert count(model) == count(loaded)
@@ -233,6 +277,8 @@ def keeps_several_adapters(folder: Path, stage: int) -> None:
 EVERY_STAGE: list[Callable[[Path, int], None]] = [
     trains_as_one_process_does,
     trains_a_16_bit_base,
+    keeps_generators_of_any_model_in_float32,
+    refuses_adapters_that_would_not_be_trained,
     trains_an_nf4_base,
     saves_and_loads,
     keeps_several_adapters,

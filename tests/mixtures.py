@@ -1,4 +1,11 @@
-"""The sizes of small mixtures of experts, as configurations of different families call them."""
+"""Small mixtures of experts: their sizes as configurations of different families call them, models, what is wrapped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
 
 SIZES = {
     "hidden_size": 64,
@@ -18,3 +25,15 @@ SIZES = {
     "bos_token_id": 2,
     "max_position_embeddings": 64,
 }
+
+WRAPPED: dict[str, Any] = {"block_size": 16, "target_modules": ["all-linear", "experts"]}
+
+
+def model_of(name: str = "Qwen3Moe", **fields: Any) -> Any:
+    """A random model of a family, equal for equal arguments; the experts' weights are large enough to matter."""
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{**SIZES, **fields}))
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()

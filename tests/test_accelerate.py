@@ -151,7 +151,7 @@ def test_states_of_adapters_beside_a_plain_model(tiny_llama, tmp_path):
 
 def test_what_saves_models_itself_is_refused():
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    with pytest.raises(AdapterError, match="FSDP saves models itself"):
+    with pytest.raises(AdapterError, match="FSDP1 saves models itself"):
         save_adapters_only(accelerator)
 
 

@@ -19,7 +19,18 @@ import pytest
 import torch
 from torch import nn
 
-from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTLinear, load_adapter, merge, save_adapter, wrap_model
+from conftest import randomize
+from oftv2 import (
+    AdapterError,
+    OFTConfig,
+    OFTConv2d,
+    OFTLinear,
+    add_adapter,
+    load_adapter,
+    merge,
+    save_adapter,
+    wrap_model,
+)
 from oftv2.adapter import count_parameters
 from oftv2.deepspeed_engine import serve_deepspeed
 from oftv2.partitioned import filled, full_shape, is_partitioned
@@ -109,10 +120,22 @@ def test_loading_over_an_engines_adapter_is_refused(tmp_path):
 
 
 class Engine:
-    """The methods of DeepSpeed's engine that are served."""
+    """The methods of DeepSpeed's engine that are served, and what it has in bf16."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.basic_optimizer, self.optimizer = object(), object()
+        self.broadcast: list[torch.Tensor] = []
+        self._configure_distributed_model(module)
+
+    def _configure_distributed_model(self, model):
+        self.module = model
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        model.to("cpu")
+        self._broadcast_model()
+
+    def _broadcast_model(self):
+        self.broadcast = [parameter.detach().clone() for parameter in self.module.parameters()]
 
     def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, exclude_frozen_parameters=False):
         return self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
@@ -139,12 +162,39 @@ def engine_class(monkeypatch):
     return served
 
 
+def test_generators_are_not_rounded_and_the_engine_is_known(engine_class, tmp_path):
+    model = wrap_model(nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 8)), block_size=8)
+    save_adapter(model, tmp_path)
+    randomize(model)
+    before = [layer.generators["default"].detach().clone() for layer in model]
+    engine = engine_class(model)
+    for wanted, layer in zip(before, model, strict=True):
+        assert layer.base_layer.weight.dtype == torch.bfloat16
+        assert torch.equal(layer.generators["default"], wanted)
+        assert any(sent.shape == wanted.shape and torch.equal(sent, wanted) for sent in engine.broadcast)
+    with pytest.raises(AdapterError, match=r"^this Sequential is in a DeepSpeed engine, whose optimizer would not"):
+        add_adapter(model, "other", block_size=8)
+    with pytest.raises(AdapterError, match=r"'default' is in a DeepSpeed engine.*before deepspeed\.initialize"):
+        load_adapter(model, tmp_path)
+    engine.optimizer = engine.basic_optimizer  # without copies
+    load_adapter(model, tmp_path)
+    engine.basic_optimizer = None  # it trains nothing
+    add_adapter(model, "other", block_size=8)
+    plain = nn.Sequential(nn.Linear(32, 16))
+    engine = engine_class(plain)
+    with pytest.raises(AdapterError, match=r"is in a DeepSpeed engine"):
+        wrap_model(plain)
+    del engine  # and with it what trained the model
+    wrap_model(plain)
+
+
 def test_checkpoints_of_wrapped_models_leave_the_base_out(engine_class):
     model = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16))
     model.append(nn.Linear(16, 16)).append(model[2])  # used twice
     plain = engine_class(model)
     assert plain.save_checkpoint("").keys() == model.state_dict().keys()
     assert not plain.zero_gather_16bit_weights_on_model_save()
+    del plain
     engine = engine_class(wrap_model(model, block_size=8, target_modules=["0"]))
     saved = engine.save_checkpoint("")
     assert saved.keys() == {"0.generators.default", "1.running_mean", "1.running_var", "1.num_batches_tracked"}

@@ -17,10 +17,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+import mixtures
 import oftv2
-from conftest import assert_close, randomize
+from conftest import adapted_paths, assert_close, randomize
 from distributed_models import base, generators
-from distributed_runs import PLAIN
+from distributed_runs import PLAIN, STATE_DICT_TYPES
 from distributed_trainers import PREFERENCES, TRAINERS
 from oftv2 import AdapterError, load_adapter, merge, save_adapter, wrap_model
 
@@ -67,11 +68,7 @@ def same_losses(actual: list[float], expected: list[float], kind: str = "float32
     assert actual == pytest.approx(expected, rel=3e-4 if "bfloat16" in kind else 2e-6)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_plain_torch(results, name):
-    """Gradients, updates and what is saved, in both forms of a layer, with checkpointing."""
-    how, kind, _ = PLAIN[name]
-    single, ranks = results(name, 1), [results(name, 2, rank) for rank in (0, 1)]
+def same_steps(ranks: list[dict[str, Any]], single: dict[str, Any], kind: str = "float32") -> None:
     same_losses(
         [sum(both) / 2 for both in zip(*(rank["losses"] for rank in ranks), strict=True)], single["losses"], kind
     )
@@ -80,6 +77,15 @@ def test_plain_torch(results, name):
             assert_all_close(f"gradient of step {step}", gradients, single["gradients"][step], rounding(kind))
         assert_all_close("generators", rank["generators"], single["generators"], rounding(kind))
         assert all(map(torch.equal, rank["generators"], ranks[0]["generators"]))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_torch(results, name):
+    """Gradients, updates and what is saved, in both forms of a layer, with checkpointing."""
+    how, kind, _ = PLAIN[name]
+    single, ranks = results(name, 1), [results(name, 2, rank) for rank in (0, 1)]
+    same_steps(ranks, single, kind)
+    for rank in ranks:
         assert_close("base model", rank["disabled"], single["disabled"], rounding(kind))
         assert rank["figures"] == pytest.approx(single["figures"], rel=rounding(kind))
     for place in ("plain", "pretrained"):
@@ -91,8 +97,27 @@ def test_plain_torch(results, name):
         assert (Path(f"{folder}-2") / "README.md").read_text() == (Path(f"{folder}-1") / "README.md").read_text()
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_experts(results, how):
+    single, ranks = results(f"experts-{how}", 1), [results(f"experts-{how}", 2, rank) for rank in (0, 1)]
+    same_steps(ranks, single)
+    loaded = load_adapter(mixtures.model_of(), results.folder / f"experts-{how}-2")
+    assert any("experts" in path for path in adapted_paths(loaded))
+    assert all(map(torch.equal, generators(loaded), ranks[0]["generators"]))
+
+
 def test_processes_that_save_at_once_leave_whole_adapters(results):
     assert all(results("save-at-once", 2, rank) for rank in (0, 1))
+
+
+def test_a_process_that_saves_alone_says_what_it_waits_for(results):
+    """It cannot know whether the others come."""
+    first, late = (results("save-late", 2, rank) for rank in (0, 1))
+    assert len(first) == 1
+    assert first[0].startswith("save_adapter has waited 0.2 s for other processes")
+    assert "Every process has to call save_adapter" in first[0]
+    assert not late
+    assert load_adapter(base(results.folder, "float32"), results.folder / "late")
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -106,6 +131,20 @@ def test_accelerate(results, how):
     loaded = load_adapter(base(results.folder, "float32"), folder)
     assert all(map(torch.equal, generators(loaded), ranks[0]["generators"]))
     assert not load_file(folder / "model.safetensors").keys() - dict(loaded.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("kind", STATE_DICT_TYPES)
+def test_accelerate_saves_states_of_adapters_only(results, kind):
+    """With FSDP2; as exact as states of the whole model."""
+    ranks = [results(f"loop-fsdp-{kind}", 2, rank) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["losses"] == results("loop-fsdp", 2)["losses"]
+        assert rank["resumed"] == rank["end"]
+    state = results.folder / f"loop-True-{kind}-2"
+    models = [path for path in state.rglob("*") if path.is_file() and "pytorch_model_fsdp" in str(path)]
+    adapter = sum(tensor.nbytes for tensor in ranks[0]["generators"])
+    assert adapter <= sum(path.stat().st_size for path in models) < 3 * adapter
+    assert 3 * adapter < sum(parameter.nbytes for parameter in base(results.folder, "float32").parameters())
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from mixtures import SIZES
+import transformers
 
 from conftest import assert_close, randomize
+from mixtures import SIZES
 from oftv2 import OFTConfig, OFTExperts, reference
 from oftv2 import functional as F
 
-transformers = pytest.importorskip("transformers")
 # (module, class, configuration): with a gate; transposed with biases, interleaved; without a gate; with a norm
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 KINDS = {

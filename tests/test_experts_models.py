@@ -6,31 +6,19 @@ import warnings
 
 import pytest
 import torch
-from mixtures import SIZES
+import transformers
 
 import oftv2
 from conftest import adapted_paths, assert_close, perturb, randomize, snapshot
+from mixtures import SIZES, WRAPPED, model_of
 from oftv2 import AdapterError, OFTConfig, OFTExperts, OFTLinear, PeftFormatWarning, TargetWarning
 
-transformers = pytest.importorskip("transformers")
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def model_of(name="Qwen3Moe", **fields):
-    torch.manual_seed(1)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{**SIZES, **fields}))
-    for parameter in model.parameters():
-        if parameter.dim() == 3:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def llama4():
     config = transformers.Llama4TextConfig(**{**SIZES, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1})
     return transformers.Llama4ForCausalLM(config)
-
-
-WRAPPED = {"block_size": 16, "target_modules": ["all-linear", "experts"]}
 
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "GptOss", "Olmoe"])

@@ -82,20 +82,48 @@ def test_a_suite_that_goes_wrong_costs_no_other(tmp_path, monkeypatch):
     assert row["figure"] == "FAIL"
 
 
+TESTS = """
+import time, pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize('i', [0, {}])
+def test(i): time.sleep(60 * i)
+"""
+
+
 def test_the_tests_are_cut_off_and_what_they_printed_is_kept(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import gpu_check
 
-    hanging = tmp_path / "test_hanging.py"
-    hanging.write_text(
-        "import time, pytest\n"
-        "@pytest.mark.gpu\n@pytest.mark.parametrize('i', [0, 1])\ndef test(i): time.sleep(60 * i)\n"
-    )
-    monkeypatch.setattr(gpu_check, "test_files", lambda: [str(hanging)])
-    row = gpu_check.run_tests(str(tmp_path), tmp_path / "log", 8)
+    files = [tmp_path / "test_hanging.py", tmp_path / "test_quick.py"]
+    for path, last in zip(files, (1, 0), strict=True):
+        path.write_text(TESTS.format(last))
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--quick')")
+    monkeypatch.setattr(gpu_check, "test_files", lambda: [str(path) for path in files])
+    row = gpu_check.run_tests(str(tmp_path), tmp_path / "log.txt", 8, quick=False)
     assert row["figure"] == "FAIL"
-    assert "stopped after 8 s" in row["what"]
-    assert "PASSED" in (tmp_path / "log").read_text()
+    assert row["what"].startswith("tests on the device: 2 passed; stopped after 8 s at ")
+    assert (tmp_path / "log.txt").read_text().count("PASSED") == 3
+    assert not (tmp_path / "log").exists()
+
+
+def test_quick_tests_are_one_of_each_kind(tmp_path):
+    """On a machine with a GPU those marked ``gpu``, and here the same ones in the interpreter."""
+    marker, place = ("gpu", "cuda") if torch.cuda.is_available() else ("interpreter", "interpreter")
+    found = {}
+    for options in ((), ("--quick",)):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker, *options]
+        files = sorted(path for path in Path(__file__).parent.glob("test_kernels*.py"))
+        done = subprocess.run([*command, *files], capture_output=True, text=True, check=True)
+        found[options] = {line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line}
+    every, quick = found.values()
+    assert quick < every
+    assert len(quick) < len(every) / 3
+    assert {name.partition("[")[0] for name in quick} == {name.partition("[")[0] for name in every}
+    rotations = {name for name in quick if name.startswith("TestRotate::test_value_and_gradients")}
+    dtypes = ("float32", "bfloat16", "float16")
+    assert rotations == {
+        f"TestRotate::test_value_and_gradients[{place}-(2, 35)-32-96-torch.{dtype}]" for dtype in dtypes
+    }
 
 
 def test_no_suite_starts_when_the_time_is_up(tmp_path):

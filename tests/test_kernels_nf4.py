@@ -149,7 +149,7 @@ class TestDequantizeRotate:
 
 class TestMatmul:
     @DTYPES
-    @pytest.mark.parametrize("T", [0, 1, 2, 16, 17])
+    @pytest.mark.parametrize("T", [16, 0, 1, 2, 17])
     @pytest.mark.parametrize(
         ("n", "d", "b", "blocksize", "nested"),
         [
