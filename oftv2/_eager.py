@@ -7,7 +7,7 @@ tensor subclass), the operators are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from ._ops import DEFAULTS
 from ._weight_form import rotated
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Generators that are transformed at once (2 threads, float32, b = 32, the 210 layers of SmolLM2-135M with 4680 blocks,
-# forward and backward: 93 ms layer by layer, 55 to 58 ms in parts of 50 to 1200 blocks, 65 ms in one).
-_PACKED_ELEMENTS = 1 << 17
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -50,10 +47,7 @@ class Transform(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = block_size, terms
         ctx.generators, ctx.versions = generators, [version(packed) for packed in generators]
-        deltas: list[Tensor] = []
-        for part in _parts(generators):
-            deltas += _together("cayley_neumann", (generators[part],), block_size, terms)
-        return tuple(deltas)
+        return tuple(_together("cayley_neumann", (generators,), block_size, terms))
 
     @staticmethod
     @once_differentiable
@@ -64,24 +58,12 @@ class Transform(torch.autograd.Function):
                 "the generators of an adapter were written to between a forward pass and its backward pass, as by an "
                 "optimizer's step; their gradients would be wrong"
             )
-        used, grads_used = [ctx.generators[i] for i in wanted], [grads[i] for i in wanted]
-        found: list[Tensor] = []
-        for part in _parts(used):
-            found += _together("cayley_neumann_backward", (grads_used[part], used[part]), *ctx.settings)
+        found: Sequence[Tensor] = ()
+        if wanted:
+            used = [grads[i] for i in wanted], [ctx.generators[i] for i in wanted]
+            found = _together("cayley_neumann_backward", used, *ctx.settings)
         by_place = dict(zip(wanted, found, strict=True))
         return None, None, *(by_place.get(i) for i in range(len(grads)))
-
-
-def _parts(generators: Sequence[Tensor]) -> Iterator[slice]:
-    """Neighbours that are transformed at once, as many as stay in a CPU's caches."""
-    start = size = 0
-    for i, packed in enumerate(generators):
-        size += packed.numel()
-        if size >= _PACKED_ELEMENTS:
-            yield slice(start, i + 1)
-            start, size = i + 1, 0
-    if size:
-        yield slice(start, len(generators))
 
 
 def _together(name: str, operands: tuple[Sequence[Any], ...], *settings: int) -> Sequence[Tensor]:

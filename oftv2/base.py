@@ -247,19 +247,23 @@ class OFTLayer(MergeableLayer):
         generators = self.generators_of(names)
         if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
             self._check_divergence(zip((self.rotations[name] for name in names), generators, strict=True), self.name)
-            self._cache = None
+            if self._cache is not None:
+                self._cache = None
             return True
         return False
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x R`` of activations ``(..., d)`` by the active adapters, in one step where a kernel can."""
-        if (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
+        delta = self._in_hand()
+        if delta is None and (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
             rotation = self.rotation
             if F.makes_rotation_on_the_way(x, rotation.block_size):
                 packed = self.changing_generators()
                 if packed is not None:
                     return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
-        return F.rotate(x, self.delta() if x.is_cpu else self.delta(x.dtype), direct=True)
+        if delta is None:
+            delta = self.kept_or_built(self.sequence, self._build, None if x.is_cpu else x.dtype)
+        return F.rotate(x, delta, direct=True)
 
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this

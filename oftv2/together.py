@@ -6,7 +6,7 @@ make it for all layers that train and hand each its own, for this pass alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,8 @@ from .checkpointing import in_checkpoint
 from .functional import can_be_direct
 from .rotation import KeptRotation
 
+# Generators that are transformed at once (2 threads, float32, b = 32, the 210 layers of SmolLM2-135M with 4680 blocks).
+_PACKED_ELEMENTS = 1 << 17
 _SERVED: WeakKeyDictionary[nn.Module, Sequence[OFTLayer]] = WeakKeyDictionary()  # the layers of passes under way
 
 
@@ -56,10 +58,22 @@ def hand_out(model: nn.Module, args: Any) -> None:
             rotation = module.rotation
             alike.setdefault((rotation.block_size, rotation.terms, packed.dtype), []).append((module, packed))
     for (block_size, terms, _), found in alike.items():
-        deltas = Transform.apply(block_size, terms, *(packed for _, packed in found))
-        for (layer, _), delta in zip(found, deltas, strict=True):
-            layer.handed = KeptRotation(layer.generators_of(layer.sequence), delta)
+        for part in _parts(found):
+            deltas = Transform.apply(block_size, terms, *(packed for _, packed in part))
+            for (layer, _), delta in zip(part, deltas, strict=True):
+                layer.handed = KeptRotation(layer.generators_of(layer.sequence), delta)
     _SERVED[model] = [layer for found in alike.values() for layer, _ in found]
+
+
+def _parts(layers: Sequence[tuple[OFTLayer, Tensor]]) -> Iterator[Sequence[tuple[OFTLayer, Tensor]]]:
+    """Neighbours whose Δ are made at once, as many as stay in a CPU's caches; so does, in the backward pass, what their
+    gradients are made of."""
+    start = size = 0
+    for i, (_, packed) in enumerate(layers, 1):
+        size += packed.numel()
+        if size >= _PACKED_ELEMENTS or i == len(layers):
+            yield layers[start:i]
+            start, size = i, 0
 
 
 def _stands_apart(layer: OFTLayer) -> bool:
