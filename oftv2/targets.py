@@ -210,9 +210,11 @@ def _matching(names: list[str], wanted: str | Iterable[str], field: str) -> list
     if isinstance(wanted, str):
         found = [name for name in names if re.fullmatch(wanted, name)]
         if not found:
-            raise AdapterError(
-                f"{field}={wanted!r} matches no module path as a regular expression{_close(names, wanted)}"
+            is_name = any(name.endswith("." + wanted) for name in names)
+            meant = (
+                f"; as a name it goes into a list: [{wanted!r}]" if is_name else _close([*names, ALL_LINEAR], wanted)
             )
+            raise AdapterError(f"{field}={wanted!r} matches no module path as a regular expression{meant}")
         return found
     entries = list(wanted)
     for entry in entries:

@@ -30,7 +30,8 @@ class Wide(nn.Module):
 REFUSED = {
     "typo": ({"target_modules": ("q_prj",)}, r"target_modules: 'q_prj' .* did you mean .*'q_proj'"),
     "no-substring": ({"target_modules": ("proj",)}, r"target_modules: 'proj' .*'o_proj'"),
-    "regex-of-a-part": ({"target_modules": "q_proj"}, r"target_modules='q_proj' matches no module path .*'q_proj'"),
+    "regex-of-a-part": ({"target_modules": "q_proj"}, r"='q_proj' matches no module path .*into a list: \['q_proj'\]"),
+    "regex-misspelled": ({"target_modules": "all_linear"}, r"='all_linear' matches no .*did you mean 'all-linear'\?"),
     "exclude-typo": ({"exclude_modules": ("dwn_proj",)}, r"exclude_modules: 'dwn_proj' .*'down_proj'"),
     "saved-typo": ({"modules_to_save": ("lm_hed",)}, r"modules_to_save: 'lm_hed' .*'lm_head'"),
     "pattern-typo": ({"block_size_pattern": {"q_prj": 8}}, r"block_size_pattern: 'q_prj' .*'q_proj'"),
