@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -43,7 +44,7 @@ def check_no_engine(model: nn.Module) -> None:
         )
 
 
-def keeps_copies(model: nn.Module, parameters: list[nn.Parameter]) -> bool:
+def keeps_copies(model: nn.Module, parameters: Iterable[Tensor]) -> bool:
     """Whether a DeepSpeed engine keeps copies of these parameters, and writes them over the parameters at each step."""
     if any(map(has_master, parameters)):
         return True
