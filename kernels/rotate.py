@@ -20,6 +20,7 @@ from torch import Tensor
 from .tiles import (
     load_blocks,
     load_rows,
+    load_rows_transposed,
     load_skew,
     multiprocessors,
     neumann_delta,
@@ -98,7 +99,7 @@ def _backward_part(
         # later tokens into the place of `part`, which is used twice, before the product is sure to have read it. With
         # this limit, which means nothing in 16 bit, the sum is added by itself, after a wait.
         apart: tl.constexpr = 1 if TILE >= 64 else None
-        added = tl.dot(tl.trans(x_tile), part, input_precision="tf32x3", max_num_imprecise_acc=apart)
+        added = tl.dot(x_tile, part, input_precision="tf32x3", max_num_imprecise_acc=apart)
         return grad_x, added
     else:
         return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
@@ -126,12 +127,12 @@ def _backward(
             delta2 = _delta(source2, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, True).to(dtype)
     sum0 = tl.zeros((TILE, WIDTH), tl.float32)
     sum1, sum2 = sum0, sum0
-    x_tile = tl.zeros((BLOCK_T, TILE), dtype)
+    x_tile = tl.zeros((TILE, BLOCK_T), dtype)
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         if WITH_DELTA:
-            x_tile = load_rows(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+            x_tile = load_rows_transposed(x, row, column, inside, T, x_stride, EVEN)  # [TILE, BLOCK_T]
         total, added = _backward_part(
             grad0, grad_stride0, x_tile, delta0, row, column, inside, wanted, exists, T,
             WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,

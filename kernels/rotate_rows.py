@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rotate import share_of, tiling
-from .tiles import load_blocks, load_rows, on_device, store_blocks, store_rows, tile_columns
+from .tiles import load_blocks, load_rows, load_rows_transposed, on_device, store_blocks, store_rows, tile_columns
 
 
 @triton.jit
@@ -68,9 +68,9 @@ def _delta_grad(
         if tl.load(rows + index) == adapter:
             for start in range(begin, end, BLOCK_T):
                 token = start + tl.arange(0, BLOCK_T)
-                tile = load_rows(x, token, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+                tile = load_rows_transposed(x, token, column, inside, T, x_stride, EVEN)  # [TILE, BLOCK_T]
                 upstream = load_rows(grad, token, wanted, exists, T, grad_stride, EVEN)  # [BLOCK_T, WIDTH]
-                total += tl.dot(tl.trans(tile), upstream, input_precision="tf32x3")
+                total += tl.dot(tile, upstream, input_precision="tf32x3")
         x += x_row_stride
         grad += grad_row_stride
     offset = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + adapter) * num_blocks * (B * B)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rotate import share_of, tiling
-from .tiles import load_blocks, load_rows, on_device, rows, store_blocks, store_rows, tile_columns
+from .tiles import load_blocks, load_rows, load_rows_transposed, on_device, rows, store_blocks, store_rows, tile_columns
 
 
 @triton.jit
@@ -78,11 +78,11 @@ def _delta_grad(
     for start in range(begin, end, BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         token, limit = _tokens(order, row, end, num_tokens, times, ORDERED)
-        tile = load_rows(x, token, column, inside, limit, x_stride, EVEN)  # [BLOCK_T, TILE]
+        tile = load_rows_transposed(x, token, column, inside, limit, x_stride, EVEN)  # [TILE, BLOCK_T]
         upstream = load_rows(grad, row, wanted, exists, end, grad_stride, EVEN)  # [BLOCK_T, WIDTH]
         # As in `rotate`: asynchronous products of wide tiles are to have read them before others take their place.
         apart: tl.constexpr = 1 if TILE >= 64 else None
-        total += tl.dot(tl.trans(tile), upstream, input_precision="tf32x3", max_num_imprecise_acc=apart)
+        total += tl.dot(tile, upstream, input_precision="tf32x3", max_num_imprecise_acc=apart)
     offset = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + segment) * num_blocks * (B * B)
     store_blocks(partial + offset, total, first, num_blocks, part, B, TILE, WIDTH)
 

@@ -82,6 +82,16 @@ def load_rows(x, row, column, inside, T, stride, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_rows_transposed(x, row, column, inside, T, stride, EVEN: tl.constexpr):
+    """:func:`load_rows` as columns, for products that sum over rows: a tile that is transposed only after it was loaded
+    goes to shared memory by way of registers, and its loads are waited for in the iteration that issues them."""
+    mask = (row < T)[None, :]
+    if not EVEN:
+        mask = mask & inside[:, None]
+    return tl.load(x + row.to(tl.int64)[None, :] * stride + column[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_rows(out, value, row, column, inside, T, stride, EVEN: tl.constexpr):
     """Writes to where :func:`load_rows` reads."""
     mask = (row < T)[:, None]
