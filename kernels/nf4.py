@@ -45,13 +45,16 @@ def open_weight(weight, BLOCKSIZE2: tl.constexpr):
 
 
 @triton.jit
-def _scales(weight, index, inside, BLOCKSIZE2: tl.constexpr):
+def _scales(weight, index, inside, BLOCKSIZE2: tl.constexpr, ALIGNED: tl.constexpr):
     """``absmax`` of some blocks, in float32."""
-    absmax = tl.load(weight[1] + index, mask=inside, other=0)
     if BLOCKSIZE2 == 0:
-        return absmax.to(tl.float32)
+        return tl.load(weight[1] + index, mask=inside, other=0).to(tl.float32)
     else:  # looked up, and not loaded: a load of bytes on the way to a dot gives Triton wrong ideas of its layout
-        level = _lookup(weight[3], absmax.to(tl.int32))
+        if ALIGNED:  # a word of four, of which one is wanted: bytes would not be loaded ahead of their iteration
+            word = tl.load(weight[1] + (index >> 2), mask=inside, other=0)
+            level = _lookup(weight[3], (word >> 8 * (index.to(tl.int32) & 3)) & 255)
+        else:
+            level = _lookup(weight[3], tl.load(weight[1] + index, mask=inside, other=0).to(tl.int32))
         return level * tl.load(weight[4] + index // BLOCKSIZE2, mask=inside, other=0.0) + weight[5]
 
 
@@ -90,7 +93,7 @@ def load_weight(
         if not EVEN:
             word_exists, block_exists = exists & (words < pitch), exists & (blocks < d // BLOCKSIZE)
         nibble = _unpack(tl.load(weight[0] + (row * pitch + words), mask=word_exists, other=0))
-        scale = _scales(weight, row * (d // BLOCKSIZE) + blocks, block_exists, BLOCKSIZE2)  # [ROWS, BLOCKS]
+        scale = _scales(weight, row * (d // BLOCKSIZE) + blocks, block_exists, BLOCKSIZE2, ALIGNED)  # [ROWS, BLOCKS]
         if BLOCKS == 1:
             return (_lookup(weight[2], nibble) * scale).to(dtype)
         else:
@@ -101,7 +104,7 @@ def load_weight(
         exists = exists & inside[None, :]
         byte = tl.load(weight[0] + (index >> 1), mask=exists, other=0).to(tl.int32)
         nibble = (byte >> (4 - 4 * (index & 1)).to(tl.int32)) & 15
-        return (_lookup(weight[2], nibble) * _scales(weight, index // BLOCKSIZE, exists, BLOCKSIZE2)).to(dtype)
+        return (_lookup(weight[2], nibble) * _scales(weight, index // BLOCKSIZE, exists, BLOCKSIZE2, ALIGNED)).to(dtype)
 
 
 @triton.jit
@@ -211,11 +214,18 @@ def storage(
     whole: bool = True,
 ) -> Storage:
     """Chooses 32-bit words with one ``absmax`` a row and block, or single nibbles: odd layouts, tiles not ``whole``."""
-    flat = packed.reshape(-1).view(torch.uint8)
-    aligned = whole and d % blocksize == 0 and flat.storage_offset() % 4 == 0
+    flat, scales = packed.reshape(-1).view(torch.uint8), absmax.reshape(-1)
+    aligned = whole and d % blocksize == 0 and _in_words(flat) and (nested is None or _in_words(scales))
     more = Nested(*nested) if nested else Nested(absmax, absmax, absmax, 0)  # not looked at where there is none
-    tensors = (flat.view(torch.int32) if aligned else flat, absmax, code, more.code, more.absmax, more.offset)
+    if aligned:
+        flat, scales = flat.view(torch.int32), scales.view(torch.int32) if nested else scales
+    tensors = (flat, scales, code, more.code, more.absmax, more.offset)
     return Storage(tensors, d // 8, {"BLOCKSIZE": blocksize, "BLOCKSIZE2": more.blocksize, "ALIGNED": aligned})
+
+
+def _in_words(octets: Tensor) -> bool:
+    """Whether bytes can be read as 32-bit words."""
+    return octets.storage_offset() % 4 == 0 and octets.numel() % 4 == 0
 
 
 def supports(dtype: torch.dtype, block_size: int) -> bool:
