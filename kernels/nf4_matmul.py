@@ -22,7 +22,7 @@ from .rotate import rotate
 from .tiles import on_device, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _matmul(
     x, weight, bias, y, T, n, d, pitch, x_stride,
     BLOCK_T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, HAS_BIAS: tl.constexpr,

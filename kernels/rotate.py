@@ -48,7 +48,7 @@ def _delta(source, strides, first, num_blocks, part, B: tl.constexpr, TILE: tl.c
         return tl.trans(delta) if TRANSPOSED else delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "share"])
 def _forward(
     x, out0, out1, out2, source0, source1, source2, strides,
     T, columns, num_blocks, x_stride, share,
@@ -105,7 +105,7 @@ def _backward_part(
         return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "share"])
 def _backward(
     grad0, grad1, grad2, x, grad_x, partial0, partial1, partial2, source0, source1, source2, strides,
     T, columns, num_blocks, grad_stride0, grad_stride1, grad_stride2, x_stride, share,

@@ -37,7 +37,7 @@ def _tokens(order, row, end, num_tokens, times, ORDERED: tl.constexpr):
         return row, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     x, out, deltas, ends, order, strides, num_tokens, times, columns, num_blocks, x_stride, ORDERED: tl.constexpr,
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
@@ -63,7 +63,7 @@ def _forward(
         store_rows(out, rotated, row, wanted, exists, end, columns, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _delta_grad(
     grad, x, partial, ends, order, num_tokens, times, columns, num_blocks, grad_stride, x_stride, ORDERED: tl.constexpr,
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
