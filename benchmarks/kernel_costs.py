@@ -131,25 +131,19 @@ def nf4_dequantize_rotate(d: int, n: int, b: int) -> Cost:
 # ---------------------------------------------------------------------------------------------------- the generators
 
 
-def products(terms: int) -> int:
-    """b × b products of Δ by Horner's scheme in Q²: ⌊k/2⌋ + 1."""
-    return terms // 2 + 1
-
-
 def cayley_forward(d: int, b: int, terms: int = 4) -> Cost:
     """Δ of r blocks: reads 4·r·b(b−1)/2 bytes of generators, writes Δ; ⌊k/2⌋ + 1 products of 2b³ FLOPs a block.
 
     (In float32 to float32's accuracy, which takes three bfloat16 products' time or more; the launch outweighs it.)"""
     blocks = d // b
-    return Cost(2 * blocks * b * (b - 1) + delta_bytes(d, b), blocks * products(terms) * 2 * b**3)
+    return Cost(2 * blocks * b * (b - 1) + delta_bytes(d, b), blocks * (terms // 2 + 1) * 2 * b**3)
 
 
 def cayley_backward(d: int, b: int, terms: int = 4, splits: int | None = None) -> Cost:
-    """∂generators: reads the S partial sums of ∂Δ and the generators, writes as many gradients. The forward products
-    but the last are made again, and each has two gradients, of which the first (Q²) needs one, being symmetric."""
-    blocks, count = d // b, products(terms)
+    """∂generators: reads the S partial sums of ∂Δ and the generators, writes as many gradients; a product a term."""
+    blocks = d // b
     partials = delta_bytes(d, b) * (shares(d, b) if splits is None else splits)
-    return Cost(partials + 4 * blocks * b * (b - 1), blocks * (3 * count - 2) * 2 * b**3)
+    return Cost(partials + 4 * blocks * b * (b - 1), blocks * terms * 2 * b**3)
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA

@@ -17,15 +17,14 @@ from .tiles import (
     load_blocks,
     load_skew,
     neumann_delta,
-    neumann_start,
     on_device,
     store_blocks,
     tile_positions,
     tile_size,
 )
 
-# A program keeps about six tiles in registers, and their products' operands in float32: at 64 they spill (0.8 KB on
-# sm_90, 2.5 KB on sm_80), so wider blocks are left to batched products.
+# A program keeps about four tiles in registers, and their products' operands in float32: at 64 they spill (on sm_80,
+# 0.7 KB forward and 0.8 KB backward), so wider blocks are left to batched products.
 MAX_BLOCK_SIZE = 32
 
 
@@ -40,37 +39,26 @@ def _forward(packed, delta, num_blocks, B: tl.constexpr, TILE: tl.constexpr, TER
 def _backward(
     grads, packed, grad_packed, num_grads, num_blocks, B: tl.constexpr, TILE: tl.constexpr, TERMS: tl.constexpr
 ):
-    """∂L/∂packed; ``grads`` are ``num_grads`` partial sums of ∂L/∂Δ, which are added up in order."""
+    """∂L/∂packed; ``grads`` are ``num_grads`` partial sums of ∂L/∂Δ, which are added up in order to G.
+
+    One product a term, with N = Qᵀ = −Q and halves ``Hⱼ = (G + (−1)ʲGᵀ)/2``, as derived in oftv2/_cayley_ops.py:
+    ``Z ← H₍ₖ₊₁₎;  for j = k … 1:  Z ← NZ + (−1)ʲ(NZ)ᵀ/j + 2Hⱼ``.
+    """
     first = tl.program_id(0) * (TILE // B)
-    grad_V = tl.zeros((TILE, TILE), tl.float32)
+    G = tl.zeros((TILE, TILE), tl.float32)
     for _ in range(num_grads):
-        grad_V += load_blocks(grads, (B * B, B, 1), first, num_blocks, 0, B, TILE, TILE)
+        G += load_blocks(grads, (B * B, B, 1), first, num_blocks, 0, B, TILE, TILE)
         grads += num_blocks * (B * B)
-    Q = load_skew(packed, first, num_blocks, B, TILE)  # Qᵀ = −Q, Pᵀ = P
-    P, S, start = neumann_start(Q, TERMS)
-    grad_S = tl.zeros((TILE, TILE), tl.float32)
-    grad_P = tl.zeros((TILE, TILE), tl.float32)
-    for step in tl.static_range((TERMS - 1) // 2):  # V_{s+1} = S + V_s P, the last one first
-        V = start
-        for _ in tl.static_range((TERMS - 1) // 2 - 1 - step):
-            V = S + exact_dot(V, P)
-        grad_S += grad_V
-        grad_P += exact_dot(tl.trans(V), grad_V)
-        grad_V = exact_dot(grad_V, P)
-    if TERMS % 2 == 0:  # start = S + P Q
-        grad_S += grad_V
-        grad_P -= exact_dot(grad_V, Q)
-        grad_Q = exact_dot(P, grad_V)
-    else:  # start = 2Q + P
-        grad_P += grad_V
-        grad_Q = 2.0 * grad_V
-    grad_Q += 2.0 * grad_S
-    grad_P += 2.0 * grad_S
-    # ∂P/∂Q adds −(∂P·Q + Q·∂P), of which only the skew part counts: that of −(∂P + ∂Pᵀ)·Q, one product.
-    grad_Q -= exact_dot(grad_P + tl.trans(grad_P), Q)
+    N = -load_skew(packed, first, num_blocks, B, TILE)
+    Z = 0.5 * (G - tl.trans(G)) if TERMS % 2 == 0 else 0.5 * (G + tl.trans(G))
+    for step in tl.static_range(TERMS - 1):
+        NZ = exact_dot(N, Z)
+        turned = tl.trans(G + NZ * (1.0 / (TERMS - step)))
+        Z = G + NZ + turned if (TERMS - step) % 2 == 0 else G + NZ - turned
+    Y = G + exact_dot(N, Z)
     block, row, column, inside = tile_positions(first, num_blocks, 0, B, TILE, TILE)
     index = block * (B * (B - 1) // 2) + row * (2 * B - row - 1) // 2 + (column - row - 1)
-    tl.store(grad_packed + index, grad_Q - tl.trans(grad_Q), mask=inside & (row < column))
+    tl.store(grad_packed + index, 2.0 * (Y - tl.trans(Y)), mask=inside & (row < column))
 
 
 @triton.jit
@@ -107,9 +95,9 @@ def _launch(block_size: int, num_blocks: int) -> tuple[tuple[int], dict[str, int
     return (triton.cdiv(num_blocks, tile // block_size),), {"B": block_size, "TILE": tile, "num_warps": 4}
 
 
-def supports(dtype: torch.dtype, block_size: int, terms: int = 0) -> bool:
-    """Whether the kernels take this; at the largest block size, the gradient of more terms than four spills."""
-    return dtype == torch.float32 and block_size <= (MAX_BLOCK_SIZE if terms <= 4 else MAX_BLOCK_SIZE // 2)
+def supports(dtype: torch.dtype, block_size: int) -> bool:
+    """Whether the kernels take this."""
+    return dtype == torch.float32 and block_size <= MAX_BLOCK_SIZE
 
 
 def cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:

@@ -50,13 +50,13 @@ def rotates(x: Tensor, block_size: int, *, group: int = 1, terms: int = 0) -> bo
     return rotate.supports(x.dtype, block_size, group=group, terms=terms)
 
 
-def transforms(generators: Tensor, block_size: int, terms: int = 0) -> bool:
+def transforms(generators: Tensor, block_size: int) -> bool:
     """Whether a kernel makes Δ from packed generators, or inverts R."""
     if not usable(generators.device):
         return False
     from . import cayley
 
-    return cayley.supports(generators.dtype, block_size, terms)
+    return cayley.supports(generators.dtype, block_size)
 
 
 def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -73,14 +73,14 @@ def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any
     return note
 
 
-@_kernel("cayley_neumann", when=transforms)
+@_kernel("cayley_neumann", when=lambda generators, b, terms: transforms(generators, b))
 def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     from . import cayley
 
     return cayley.cayley_neumann(generators, block_size, terms)
 
 
-@_kernel("cayley_neumann_backward", when=lambda grad, *rest: transforms(*rest))
+@_kernel("cayley_neumann_backward", when=lambda grad, generators, b, terms: transforms(generators, b))
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
     from . import cayley
 
@@ -125,7 +125,7 @@ def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _makes_and_rotates(x: Tensor, generators: Tensor, block_size: int, terms: int) -> bool:
-    return rotates(x, block_size, terms=terms) and transforms(generators, block_size, terms)
+    return rotates(x, block_size, terms=terms) and transforms(generators, block_size)
 
 
 @_kernel("neumann_rotate", when=_makes_and_rotates)

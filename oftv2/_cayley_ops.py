@@ -36,16 +36,21 @@ def _skew_entries(block_size: int, dtype: torch.dtype, device: torch.device) -> 
     return positions, signs
 
 
+def _take(rows: Tensor, positions: Tensor) -> Tensor:
+    """``rows[:, positions]``, row by row: ``index_select`` goes column by column, through all of a CPU's caches."""
+    return rows.gather(1, positions.expand(rows.shape[0], -1))
+
+
 def _skew(generators: Tensor, block_size: int) -> Tensor:
     positions, signs = _skew_entries(block_size, generators.dtype, generators.device)
-    return generators.index_select(1, positions).mul_(signs).view(-1, block_size, block_size)
+    return _take(generators, positions).mul_(signs).view(-1, block_size, block_size)
 
 
 def _pack_skew_grad(grad: Tensor) -> Tensor:
     """``∂L/∂Q`` of unconstrained entries to the gradient of the packed generators: ``G − Gᵀ`` at the upper triangle."""
     upper, lower = _triangles(grad.shape[-1], grad.device)
     flat = grad.reshape(grad.shape[0], -1)
-    return flat.index_select(1, upper) - flat.index_select(1, lower)
+    return _take(flat, upper).sub_(_take(flat, lower))
 
 
 def _horner(generators: Tensor, block_size: int, terms: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,24 +75,22 @@ def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
 
 @default("cayley_neumann_backward")
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
-    Q, P, V = _horner(generators, block_size, terms)  # Qᵀ = −Q, Pᵀ = P
-    values = [V]  # of V, from the start to the last one before Δ
-    grads = [grad]  # of V, from Δ back to the start
-    for step in range((terms - 1) // 2):
-        if step:
-            values.append((Q + P).baddbmm_(values[-1], P, beta=2))
-        grads.append(torch.bmm(grads[-1], P))
-    grad_H = functools.reduce(torch.add, grads)  # half of it
-    if terms % 2 == 0:
-        grad_Q = torch.baddbmm(grad_H, P, grads[-1], beta=2)
-        grad_P = torch.baddbmm(grad_H, grads[-1], Q, beta=2, alpha=-1)
-    else:
-        grad_Q = 2 * grad_H
-        grad_P = grad_Q - grads[-1]
-    for value, grad_V in zip(values, grads[-2::-1], strict=False):  # V ← 2H + V·P
-        grad_P.baddbmm_(value.mT, grad_V)
-    # ∂P/∂Q adds −(∂P·Q + Q·∂P), of which only the skew part counts: that of −(∂P + ∂Pᵀ)·Q, one product.
-    return _pack_skew_grad(grad_Q.baddbmm_(grad_P + grad_P.mT, Q, alpha=-1))
+    """``∂L/∂packed`` in k products, where reverse mode takes two for each of Δ's, and some of Δ's once more.
+
+    ``∂L/∂Q = Σⱼ cⱼ Σᵢ NⁱGNʲ⁻¹⁻ⁱ`` with N = Qᵀ = −Q, j = 1 … k + 1, cⱼ = 2 but c₍ₖ₊₁₎ = 1. Only its skew part counts, to
+    which the j-th term contributes through half of G alone, ``Hⱼ = (G + (−1)ʲGᵀ)/2``. Of that, the transpose of
+    ``NⁱHⱼNˡ`` is ``±NˡHⱼNⁱ``, so products from the left make all of the sum:
+
+        Z ← c₍ₖ₊₁₎H₍ₖ₊₁₎;  for j = k … 1:  Z ← NZ + (−1)ʲ(NZ)ᵀ/j + cⱼHⱼ
+
+    NZ moves the coefficients of ``NⁱHNˡ`` by one place, and 1/j of them in reverse evens them out: to 1 each at j = 1.
+    """
+    Q = _skew(generators, block_size)
+    Z = grad.sub(grad.mT, alpha=(-1) ** terms).mul_(0.5)
+    for j in range(terms, 1, -1):
+        Y = torch.baddbmm(grad, Q, Z, alpha=-1)  # NZ + G
+        Z = Y.add(torch.lerp(grad, Y, 1 / j).mT, alpha=(-1) ** j)  # 2Hⱼ = G + (−1)ʲGᵀ
+    return _pack_skew_grad(torch.baddbmm(grad, Q, Z, alpha=-1)).mul_(2)
 
 
 @default("cayley")

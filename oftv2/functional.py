@@ -124,18 +124,17 @@ def rotate(x: Tensor, delta: Tensor, *, direct: bool = False) -> Tensor:
     Returns:
         torch.Tensor: ``(..., d)``.
     """
-    if (
-        not torch.is_grad_enabled()
+    few = (
+        x.is_cpu
         and x.dtype == delta.dtype
-        and x.is_cpu
         and x.shape[:-1].numel() < _ops.FEW_TOKENS
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    ):
+    )
+    direct = direct and can_be_direct(x, delta)
+    if few and (direct or not torch.is_grad_enabled()):
         _ops.check_rotation(x, delta)
-        return _ops.rotate_few(x, delta)  # as the operator would, but the dispatcher takes longer than one token
-    if direct and can_be_direct(x, delta):
-        return _eager.Rotate.apply(x, delta)
-    return torch.ops.oftv2.rotate(x, delta)
+        return _ops.rotate_few(x, delta)  # as the operator would; it and a Python node take longer than few tokens
+    return _eager.Rotate.apply(x, delta) if direct else torch.ops.oftv2.rotate(x, delta)
 
 
 def rotate_group(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
@@ -183,7 +182,7 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
     """
     _check_packed(generators, block_size)
     if can_be_direct(x, generators):
-        return _eager.Rotate.apply(x, *_eager.Transform.apply(block_size, terms, generators))
+        return rotate(x, *_eager.Transform.apply(block_size, terms, generators), direct=True)
     return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
 
 

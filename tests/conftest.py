@@ -151,6 +151,17 @@ class OperatorCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def graph_nodes(out: torch.Tensor) -> list[str]:
+    """The names of the nodes of the graph that made ``out``."""
+    found, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return [type(node).__name__ for node in found]
+
+
 def record_calls(monkeypatch: pytest.MonkeyPatch, functions: dict[ModuleType, list[str]]) -> list[str]:
     """Notes the names of these functions of modules when they are called: whether a kernel was launched at all."""
     called: list[str] = []

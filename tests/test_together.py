@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import oftv2
-from conftest import assert_close, randomize, record_calls
+from conftest import assert_close, graph_nodes, randomize, record_calls
 from oftv2 import OFTLayer, together
 
 
@@ -69,13 +69,7 @@ def assert_same(one, other):
 
 def transforms(out):
     """The nodes of the graph that made Δ."""
-    found, waiting = set(), [out.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return [node for node in found if type(node).__name__ == "TransformBackward"]
+    return [name for name in graph_nodes(out) if name == "TransformBackward"]
 
 
 @pytest.mark.parametrize(
