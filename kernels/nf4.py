@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import multiprocessors, on_device, tile_size
+from .tiles import cdiv, multiprocessors, on_device, tile_size
 
 # Rows that share one Δ: Δ of b = 32 is then a tenth of what a program reads and writes.
 _SHARE = 512
@@ -252,13 +252,13 @@ def plan(n: int, d: int, block_size: int, dtype: torch.dtype, aligned: bool, dev
     width = min(tile, 64 if wide else 128)
     rows = 16 if wide or not aligned else {32: 32, 64: 64, 128: 64, 256: 32}[tile]
     step = parts * (tile // block_size) * block_size
-    groups = triton.cdiv(d, step) * (tile // width)
-    shares = max(triton.cdiv(n, _SHARE), 4 * multiprocessors(device) // groups)
-    share = triton.cdiv(triton.cdiv(n, shares), rows) * rows
+    groups = cdiv(d, step) * (tile // width)
+    shares = max(cdiv(n, _SHARE), 4 * multiprocessors(device) // groups)
+    share = cdiv(cdiv(n, shares), rows) * rows
     even = d % step == 0 and tile % block_size == 0
     constants = {"B": block_size, "TILE": tile, "WIDTH": width, "PARTS": parts, "ROWS": rows, "EVEN": even}
     options = {"num_warps": 4, "num_stages": 3 if aligned else 1}
-    return Launch((groups, triton.cdiv(n, share)), share, {**constants, **options})
+    return Launch((groups, cdiv(n, share)), share, {**constants, **options})
 
 
 def dequantize_rotate(
@@ -292,7 +292,7 @@ def dequantize_rotate(
     with on_device(packed):
         if delta is None:
             source = storage(packed, absmax, code, d, blocksize, nested)
-            grid = (triton.cdiv(d, 256), triton.cdiv(n, 32))
+            grid = (cdiv(d, 256), cdiv(n, 32))
             _dequantize[grid](
                 source.tensors, out, n, d, source.pitch, ROWS=32, COLUMNS=256, EVEN=d % 256 == 0, **source.constants,
                 num_warps=4, enable_fp_fusion=False,

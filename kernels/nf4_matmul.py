@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .nf4 import load_weight, open_weight, storage
 from .rotate import rotate
-from .tiles import on_device, rows
+from .tiles import cdiv, on_device, rows
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -89,7 +89,7 @@ def rotate_matmul_4bit(
     # 16 rows keep many programs in flight; from 8 tokens on x̂ is read more than W, and twice the rows halve that.
     block_rows = 16 if T < 8 else 32
     warps, columns = (8, 512) if source.constants["ALIGNED"] and x.element_size() == 2 else (4, 128)
-    grid = (triton.cdiv(n, block_rows), triton.cdiv(T, 16))
+    grid = (cdiv(n, block_rows), cdiv(T, 16))
     with on_device(x):
         _matmul[grid](
             flat, source.tensors, y if bias is None else bias, y, T, n, d, source.pitch, flat.stride(0),

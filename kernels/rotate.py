@@ -18,12 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import (
+    cdiv,
     load_blocks,
     load_rows,
     load_rows_transposed,
     load_skew,
     multiprocessors,
     neumann_delta,
+    next_power_of_2,
     on_device,
     rows,
     store_blocks,
@@ -215,17 +217,17 @@ def tiling(
     width, block_t, warps, stages = table[tile]
     if group > 1 and backward:
         width = min(width, 32)  # several sums of ∂Δ stay in registers
-    block_t = min(block_t, max(16, triton.next_power_of_2(tokens)))
+    block_t = min(block_t, max(16, next_power_of_2(tokens)))
     even = tile % block_size == 0 and num_blocks % (tile // block_size) == 0
     constants = {"B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "EVEN": even}
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.cdiv(num_blocks, tile // block_size) * (tile // width), {**constants, **options}
+    return cdiv(num_blocks, tile // block_size) * (tile // width), {**constants, **options}
 
 
 def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], device: torch.device) -> int:
     """How many tokens a program takes, where ``tiles`` programs take the same tokens: enough to keep a device busy."""
-    shares = triton.cdiv(multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
-    return triton.cdiv(triton.cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
+    shares = cdiv(multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
+    return cdiv(cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
 
 
 def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
@@ -233,7 +235,7 @@ def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int,
     tokens = x.shape[0]
     tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, terms, group=group, backward=backward)
     share = share_of(tokens, tiles, constants, x.device)
-    return Launch((tiles, triton.cdiv(tokens, share)), share, {"GROUP": group, "TERMS": terms, **constants})
+    return Launch((tiles, cdiv(tokens, share)), share, {"GROUP": group, "TERMS": terms, **constants})
 
 
 def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

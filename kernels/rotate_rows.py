@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rotate import share_of, tiling
-from .tiles import load_blocks, load_rows, load_rows_transposed, on_device, store_blocks, store_rows, tile_columns
+from .tiles import cdiv, load_blocks, load_rows, load_rows_transposed, on_device, store_blocks, store_rows, tile_columns
 
 
 @triton.jit(do_not_specialize=["T", "share"])
@@ -101,7 +101,7 @@ def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
         tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=False)
         share = share_of(tokens, tiles * num_rows, constants, x.device)
         with on_device(x):
-            _forward[(num_rows, tiles, triton.cdiv(tokens, share))](
+            _forward[(num_rows, tiles, cdiv(tokens, share))](
                 batch, out, deltas, rows.contiguous(), deltas.stride(),
                 tokens, columns, num_blocks, *batch.stride()[:2], share, **constants,
             )  # fmt: skip
@@ -116,7 +116,7 @@ def rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tensor
     num_rows, tokens, columns = batch.shape
     tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=True)
     share = share_of(tokens, tiles * num_deltas, constants, x.device)
-    grid = (num_deltas, tiles, triton.cdiv(tokens, share))
+    grid = (num_deltas, tiles, cdiv(tokens, share))
     partials = torch.empty(grid[2], *deltas.shape, dtype=torch.float32, device=x.device)
     with on_device(x):
         _delta_grad[grid](

@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .rotate import share_of, tiling
-from .tiles import load_blocks, load_rows, load_rows_transposed, on_device, rows, store_blocks, store_rows, tile_columns
+from .tiles import (
+    cdiv,
+    load_blocks,
+    load_rows,
+    load_rows_transposed,
+    on_device,
+    rows,
+    store_blocks,
+    store_rows,
+    tile_columns,
+)
 
 
 @triton.jit
@@ -92,9 +102,9 @@ def _launch(
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """Grid and constants for ``count`` rows; segments are taken to be of one length, and any will do."""
     segments, num_blocks, block_size = deltas.shape[:3]
-    average = triton.cdiv(count, segments)
+    average = cdiv(count, segments)
     tiles, constants = tiling(x.dtype, average, num_blocks, block_size, 0, group=1, backward=backward)
-    return (segments, tiles, triton.cdiv(average, share_of(average, tiles * segments, constants, x.device))), constants
+    return (segments, tiles, cdiv(average, share_of(average, tiles * segments, constants, x.device))), constants
 
 
 def rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None, times: int = 1) -> Tensor:
