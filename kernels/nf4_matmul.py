@@ -9,8 +9,8 @@ x̂ comes from a launch of its own. A program of 16 rows reads 8·d bytes of W; 
 bytes of Δ, 16 times as much at b = 32, and the 32·b rows that would hide Δ behind W leave too few programs for a GPU.
 Rotated once, Δ is 8·b / n of W's bytes (6 % at b = 32, n = 4096), and x̂ costs each program 2·T·d from the L2 cache.
 
-Memory does not bind it: by the machine code for sm_90, a look-up for each weight takes shared memory 1.3 times as long as
-W's bytes take an H200, and with W and 16 tokens on their way into the tensor cores 4 times as long.
+Memory does not bind it: by the machine code for sm_90, a look-up for each weight takes shared memory 1.3 times as long
+as W's bytes take an H200, and with W and 16 tokens on their way into the tensor cores 4 times as long.
 """
 
 from __future__ import annotations

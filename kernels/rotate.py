@@ -50,7 +50,7 @@ def _delta(source, strides, first, num_blocks, part, B: tl.constexpr, TILE: tl.c
         return tl.trans(delta) if TRANSPOSED else delta
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     x, out0, out1, out2, source0, source1, source2, strides,
     T, columns, num_blocks, x_stride, share,
@@ -107,7 +107,7 @@ def _backward_part(
         return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def _backward(
     grad0, grad1, grad2, x, grad_x, partial0, partial1, partial2, source0, source1, source2, strides,
     T, columns, num_blocks, grad_stride0, grad_stride1, grad_stride2, x_stride, share,
@@ -182,7 +182,7 @@ _BACKWARD_16_BIT = {
     256: (64, 16, 8, 2),
 }
 _FORWARD_32_BIT = {16: (16, 128, 4, 2), 32: (32, 64, 4, 2), 64: (64, 32, 4, 2)}
-_BACKWARD_32_BIT = {16: (16, 32, 4, 2), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)}
+_BACKWARD_32_BIT = {16: (16, 32, 4, 3), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)}
 _PROGRAMS_PER_MULTIPROCESSOR = {16: 8, 32: 4, 64: 4, 128: 2, 256: 2}
 
 

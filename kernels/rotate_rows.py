@@ -19,7 +19,7 @@ from .rotate import share_of, tiling
 from .tiles import cdiv, load_blocks, load_rows, load_rows_transposed, on_device, store_blocks, store_rows, tile_columns
 
 
-@triton.jit(do_not_specialize=["T", "share"])
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     x, out, deltas, rows, strides, T, columns, num_blocks, x_row_stride, x_stride, share,
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
@@ -50,7 +50,7 @@ def _forward(
         store_rows(out, rotated, token, wanted, exists, T, columns, EVEN)
 
 
-@triton.jit(do_not_specialize=["num_rows", "T", "share"])
+@triton.jit(do_not_specialize=["num_rows", "T"])
 def _delta_grad(
     grad, x, partial, rows,
     num_rows, T, columns, num_blocks, grad_row_stride, grad_stride, x_row_stride, x_stride, share,
