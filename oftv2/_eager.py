@@ -7,7 +7,7 @@ tensor subclass), the operators are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from ._ops import DEFAULTS
 from ._weight_form import rotated
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Generators that are transformed at once (2 threads, float32, b = 32, the 210 layers of SmolLM2-135M with 4680 blocks,
-# forward and backward: 93 ms layer by layer, 55 to 58 ms in parts of 50 to 1200 blocks, 65 ms in one).
-_PACKED_ELEMENTS = 1 << 17
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -33,41 +30,40 @@ def unobserved(*tensors: Tensor) -> bool:
     )
 
 
+def version(tensor: Tensor) -> int | None:
+    """How often ``tensor`` was written to, as far as that is counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Transform(torch.autograd.Function):
-    """``Δ`` of several layers' generators of one block size; keeps the generators. What is not used has no gradient."""
+    """``Δ`` of several layers' generators of one block size. What is not used has no gradient.
+
+    It keeps the generators itself: tensors that autograd keeps are gone after one backward pass, and layers that share
+    this node may have several, each with a loss of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, block_size: int, terms: int, *generators: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*generators)
         ctx.set_materialize_grads(False)
         ctx.settings = block_size, terms
-        deltas: list[Tensor] = []
-        for part in _parts(generators):
-            deltas += _together("cayley_neumann", (generators[part],), block_size, terms)
-        return tuple(deltas)
+        ctx.generators, ctx.versions = generators, [version(packed) for packed in generators]
+        return tuple(_together("cayley_neumann", (generators,), block_size, terms))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 2]]
-        used, grads_used = [ctx.saved_tensors[i] for i in wanted], [grads[i] for i in wanted]
-        found: list[Tensor] = []
-        for part in _parts(used):
-            found += _together("cayley_neumann_backward", (grads_used[part], used[part]), *ctx.settings)
+        if any(version(ctx.generators[i]) != ctx.versions[i] for i in wanted):
+            raise RuntimeError(
+                "the generators of an adapter were written to between a forward pass and its backward pass, as by an "
+                "optimizer's step; their gradients would be wrong"
+            )
+        found: Sequence[Tensor] = ()
+        if wanted:
+            used = [grads[i] for i in wanted], [ctx.generators[i] for i in wanted]
+            found = _together("cayley_neumann_backward", used, *ctx.settings)
         by_place = dict(zip(wanted, found, strict=True))
         return None, None, *(by_place.get(i) for i in range(len(grads)))
-
-
-def _parts(generators: Sequence[Tensor]) -> Iterator[slice]:
-    """Neighbours that are transformed at once, as many as stay in a CPU's caches."""
-    start = size = 0
-    for i, packed in enumerate(generators):
-        size += packed.numel()
-        if size >= _PACKED_ELEMENTS:
-            yield slice(start, i + 1)
-            start, size = i + 1, 0
-    if size:
-        yield slice(start, len(generators))
 
 
 def _together(name: str, operands: tuple[Sequence[Any], ...], *settings: int) -> Sequence[Tensor]:

@@ -172,6 +172,8 @@ def _merge_ready(
         layer.check_generators(names)
         if isinstance(layer, QuantOFTLinear):
             layer.check_merge(requantize=requantize)
+        else:
+            layer.check_weight()
     return names, layers
 
 

@@ -16,7 +16,7 @@ from .pretrained import watch
 from .sharding import check_unsharded
 from .state import check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
 from .targets import Target, find_targets
-from .trained import check_together, exchange, forget, set_aside
+from .trained import check_together, exchange, forget, set_aside, set_trainable
 from .wrap import check_name, check_sizes, merged_config, put_on_targets, release, trained_names
 
 
@@ -182,7 +182,7 @@ def activate(model: nn.Module, names: tuple[str, ...], *, trainable: bool | None
     state.sequence = names
     if trainable is not None:
         for parameter in [parameter for name in names for parameter in trained_parameters(model, name).values()]:
-            parameter.requires_grad_(trainable)
+            set_trainable(parameter, trainable)
 
 
 def check_unmerged(model: nn.Module) -> None:

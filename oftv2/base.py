@@ -46,7 +46,7 @@ class OFTLayer(MergeableLayer):
     """
 
     rows: LayerRows | None = None  # within adapters_per_row
-    handed: Tensor | None = None  # Δ of one forward pass, made with those of the model's other layers
+    handed: KeptRotation | None = None  # of one forward pass, made with those of the model's other layers
     base_layer: Any  # a module of any class; its attributes are its own affair
 
     def __init__(
@@ -201,10 +201,11 @@ class OFTLayer(MergeableLayer):
         return self.kept_or_built(self.sequence, self._build, dtype) if handed is None else handed
 
     def _in_hand(self) -> Tensor | None:
-        """Δ that the model made for this pass; not in a checkpoint, which makes it again when it is gone."""
+        """Δ that the model made for this pass, of these adapters as they are; not in a checkpoint, which makes it again
+        when it is gone."""
         if torch.compiler.is_compiling() or self.handed is None or not torch.is_grad_enabled() or in_checkpoint():
             return None
-        return self.handed
+        return self.handed.delta if self.handed.is_of(self.generators_of(self.sequence)) else None
 
     def kept_or_built(
         self, names: Sequence[str], build: Callable[..., Tensor], dtype: torch.dtype | None = None
@@ -246,19 +247,23 @@ class OFTLayer(MergeableLayer):
         generators = self.generators_of(names)
         if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
             self._check_divergence(zip((self.rotations[name] for name in names), generators, strict=True), self.name)
-            self._cache = None
+            if self._cache is not None:
+                self._cache = None
             return True
         return False
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x R`` of activations ``(..., d)`` by the active adapters, in one step where a kernel can."""
-        if (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
+        delta = self._in_hand()
+        if delta is None and (self.training or torch.is_grad_enabled()) and len(self.sequence) == 1:
             rotation = self.rotation
             if F.makes_rotation_on_the_way(x, rotation.block_size):
                 packed = self.changing_generators()
                 if packed is not None:
                     return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
-        return F.rotate(x, self.delta() if x.is_cpu else self.delta(x.dtype), direct=True)
+        if delta is None:
+            delta = self.kept_or_built(self.sequence, self._build, None if x.is_cpu else x.dtype)
+        return F.rotate(x, delta, direct=True)
 
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this
@@ -276,7 +281,7 @@ class OFTLayer(MergeableLayer):
     # ------------------------------------------------------------------------------------------ module plumbing
 
     def train(self, mode: bool = True) -> OFTLayer:
-        self._cache = None
+        self._cache = self.handed = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OFTLayer:

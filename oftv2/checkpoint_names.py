@@ -13,6 +13,7 @@ from torch import nn
 
 from .adapter_file import AdapterFile
 from .errors import AdapterError
+from .state import persistent_buffers
 
 # Tasks whose heads a base checkpoint lacks; PEFT notes the task, and not the class.
 _TASKS = {
@@ -98,7 +99,7 @@ def stored_names(model: Any, keys: Iterable[str]) -> StoredNames:
             raise AdapterError(f"{names[name]} and {key} in the checkpoint are the same parameter, {name}")
         else:
             names[name], parameters[key] = key, name
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own = {*(name for name, _ in model.named_parameters(remove_duplicate=False)), *persistent_buffers(model)}
     loads = frozenset(name for name in own if rename(name) == (name, False))
     return StoredNames(names, parameters, frozenset(converted), loads)
 

@@ -23,6 +23,7 @@ from .merged_before import merged_before, with_adapter
 from .quant import QuantOFTLinear
 from .safetensors_stream import DTYPES, Entry
 from .single_file import located
+from .state import persistent_buffers, plain_parameter
 from .targets import Target
 
 _IN_MEMORY = "Merge in memory: load the model, oftv2.load_adapter, oftv2.merge, save_pretrained"
@@ -145,6 +146,9 @@ class _Draft:
         shared: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             shared.setdefault(id(parameter), []).append(name)
+        for name, buffer in persistent_buffers(model).items():
+            if buffer.is_floating_point():  # a count of batches stays that of the base
+                shared.setdefault(id(buffer), []).append(name)
         for group in shared.values():
             self._add(group)
 
@@ -201,7 +205,7 @@ class _Draft:
         return f"{name} is not in the checkpoint under a name of its own: {why}. {_IN_MEMORY}"
 
     def _unfit(self, name: str, key: str) -> str | None:
-        entry, shape = self.base.entry(key), tuple(self.model.get_parameter(name).shape)
+        entry, shape = self.base.entry(key), tuple(plain_parameter(self.model, name).shape)
         if entry.shape != shape:
             return f"{key} has shape {entry.shape} in the checkpoint, and the model of its configuration has {shape}"
         if entry.dtype not in DTYPES:

@@ -23,6 +23,18 @@ def in_checkpoint() -> bool:
     return False
 
 
+class Start(torch.autograd.Function):
+    """A tensor that requires a gradient, over the memory of one that does not. Unlike a leaf it may be written to."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, leaf: Tensor) -> Tensor:
+        return value.data  # what is detached instead would count as a view
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 class InputGradients:
     """A hook that makes the model's first floating-point tensors require a gradient.
 
@@ -42,9 +54,8 @@ class InputGradients:
 class OutputHook(InputGradients):
     """As a forward hook of an embedding: its output."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and not output.requires_grad and self._wanted(module):
-            output.requires_grad_()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _with_grad(output) if self._wanted(module) else output
 
 
 class InputHook(InputGradients):
@@ -58,7 +69,7 @@ class InputHook(InputGradients):
 
 def _with_grad(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
-        return value.detach().requires_grad_()
+        return Start.apply(value, torch.empty(0, requires_grad=True))
     return value
 
 

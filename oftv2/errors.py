@@ -14,7 +14,7 @@ class OptimizerWarning(UserWarning):
 
 
 class TargetWarning(UserWarning):
-    """Weights that ``"all-linear"`` leaves out, though they multiply most of what goes through the model."""
+    """What an adapter leaves out, though it matters: the experts of mixtures, or running statistics."""
 
 
 class PeftFormatWarning(UserWarning):

@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import AdapterError
 from .sharding import plain_path, whole
-from .state import find_state, plain_name
+from .state import find_state, persistent_buffers, plain_name
 
 
 def serve_accelerate() -> None:
@@ -66,5 +66,6 @@ def _names(model: Any) -> set[str]:
     state = find_state(extract_model_from_parallel(model, keep_torch_compile=False))
     if state is None:
         return set()
-    names = [plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    names = [plain_path(name) for name in (*parameters, *persistent_buffers(model))]
     return {name for name in names if ".generators." in name or plain_name(name) in state.originals}

@@ -130,8 +130,9 @@ def rotate(x: Tensor, delta: Tensor, *, direct: bool = False) -> Tensor:
         and x.shape[:-1].numel() < _ops.FEW_TOKENS
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     )
-    direct = direct and can_be_direct(x, delta)
-    if few and (direct or not torch.is_grad_enabled()):
+    gradient = torch.is_grad_enabled()
+    direct = direct and gradient and can_be_direct(x, delta)
+    if few and (direct or not gradient):
         _ops.check_rotation(x, delta)
         return _ops.rotate_few(x, delta)  # as the operator would; it and a Python node take longer than few tokens
     return _eager.Rotate.apply(x, delta) if direct else torch.ops.oftv2.rotate(x, delta)

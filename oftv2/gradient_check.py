@@ -48,6 +48,7 @@ def blocks_gradient(module: nn.Module) -> str | None:
     rows = torch.zeros(1, 2, features)
     rows[0, 0].normal_(generator=torch.Generator().manual_seed(0))
     training = module.training
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()] if backend is None else []  # spectral_norm's, say
     try:
         with torch.inference_mode(False), torch.enable_grad():
             x = rows.to(tensors[0].device, _activation_dtype(module)).requires_grad_()
@@ -56,6 +57,8 @@ def blocks_gradient(module: nn.Module) -> str | None:
         return None
     finally:
         module.train(training)
+        for buffer, value in kept:
+            buffer.data.copy_(value)
     if not isinstance(y, torch.Tensor):
         return f"what it returns is a {type(y).__name__} and no linear layer's output"
     if torch.equal(y[0, 0], y[0, 1]):  # a weight of zeros: there is nothing to tell

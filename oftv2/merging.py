@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import AdapterError
 from .partitioned import refuse_partitioned
@@ -38,6 +41,27 @@ class MergeableLayer(nn.Module):
         weight = self.rotated_weight(self.base_layer, self.base_layer.weight.detach(), delta)
         return with_weights(self.base_layer, {"weight": weight})
 
+    def check_weight(self) -> None:
+        """Raises AdapterError where the base layer would not go by another weight, or has none here."""
+        base = self.base_layer
+        if any(parameter.is_meta for parameter in base.parameters()):
+            raise AdapterError(
+                f"{self.name}: the weight is on the meta device, offloaded perhaps: load the base without offloading, "
+                "merge files with `python -m oftv2 merge`, or leave the adapter unmerged"
+            )
+        if "forward" in vars(base) and _rebound(base.forward, base, self) is base.forward:
+            raise AdapterError(
+                f"{self.name}: the forward of its {type(base).__name__} was replaced by a function that may go on with "
+                "the weight as it is: take that off before merging, or leave the adapter unmerged"
+            )
+        if isinstance(vars(base).get("weight"), Tensor) or is_parametrized(base):
+            raise AdapterError(
+                f"{self.name}: the weight of its {type(base).__name__} is computed in each forward pass "
+                "(weight_norm, spectral_norm, pruning, another parametrization), so nothing can be merged into it: "
+                "make it a plain parameter first, as by torch.nn.utils.parametrize.remove_parametrizations(base_layer, "
+                '"weight"), or leave the adapter unmerged'
+            )
+
     @staticmethod
     def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
         """``weight``, of the base layer's shape or some rows of it, with the rotation by ``I + Δ`` folded in.
@@ -56,8 +80,10 @@ class MergeableLayer(nn.Module):
             keep_original (bool): keep the original weight, so that :meth:`unmerge` restores it bit for bit.
 
         Raises:
-            AdapterError: already merged, no adapter active, or generators that are not finite.
+            AdapterError: already merged, no adapter active, generators that are not finite, or a weight that is
+                computed in each forward pass.
         """
+        self.check_weight()
         self._merge(self.merged_base, keep_original)
 
     def _merge(self, build: Callable[[Tensor], nn.Module], keep_original: bool) -> None:
@@ -126,9 +152,22 @@ def with_weights(module: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     clone = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(clone, registry, dict(getattr(module, registry)))
+    vars(clone).update({name: _rebound(value, module, clone) for name, value in vars(clone).items()})
     for name, weight in weights.items():
         setattr(clone, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))
     return clone
+
+
+def _rebound(value: Any, module: nn.Module, clone: nn.Module) -> Any:
+    """A method of ``module`` as one of ``clone``, such as the forward that accelerate's hooks put in its place."""
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        return types.MethodType(value.__func__, clone)
+    if isinstance(value, functools.partial) and any(argument is module for argument in value.args):
+        arguments = (clone if argument is module else argument for argument in value.args)
+        rebound = functools.partial(value.func, *arguments, **value.keywords)
+        vars(rebound).update({name: _rebound(inner, module, clone) for name, inner in vars(value).items()})
+        return rebound
+    return value
 
 
 def row_slices(shape: Sequence[int]) -> Iterator[slice]:

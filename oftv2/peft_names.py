@@ -75,7 +75,6 @@ def _saved_problems(model: nn.Module, tops: list[str]) -> list[str]:
         module, inside = model.get_submodule(top), top + "."
         own = {id(parameter) for name, parameter in parameters if name.startswith(inside)}
         tied = [name for name, parameter in parameters if id(parameter) in own and not name.startswith(inside)]
-        buffers = [name for name, _ in module.named_buffers()]
         if tied:
             problems.append(
                 f"modules_to_save: {top} is tied to {tied[0]}: PEFT trains a copy of its own, this model "
@@ -83,6 +82,4 @@ def _saved_problems(model: nn.Module, tops: list[str]) -> list[str]:
             )
         elif isinstance(module, _CONTAINERS):
             problems.append(f"modules_to_save: {top} is a {type(module).__name__}, which PEFT does not take")
-        elif buffers:
-            problems.append(f"modules_to_save: {top} has buffers ({buffers[0]}), which PEFT expects in the file")
     return problems

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
+from ._eager import version
 from .config import OFTConfig
 from .errors import AdapterError
 
@@ -130,7 +131,7 @@ class KeptRotation:
         self._note(generators)
 
     def _note(self, generators: Sequence[Tensor]) -> None:
-        self._made_of = [(packed, packed.detach(), _version(packed)) for packed in generators]
+        self._made_of = [(packed, packed.detach(), version(packed)) for packed in generators]
 
     def rewrite(self, generators: Sequence[Tensor], delta: Tensor) -> None:
         """Other values in the same memory, in every dtype that was asked for."""
@@ -143,8 +144,8 @@ class KeptRotation:
         """Whether these are the generators, unchanged as far as a version counter sees."""
         if len(generators) != len(self._made_of):
             return False
-        for now, (packed, memory, version) in zip(generators, self._made_of):  # noqa: B905  (compared above; strict costs time)
-            if now is not packed or version is None or version != now._version or memory.data_ptr() != now.data_ptr():
+        for now, (packed, memory, noted) in zip(generators, self._made_of):  # noqa: B905  (compared above; strict costs time)
+            if now is not packed or noted is None or noted != now._version or memory.data_ptr() != now.data_ptr():
                 return False
         return True
 
@@ -154,10 +155,6 @@ class KeptRotation:
             with torch.inference_mode(False), torch.no_grad():
                 self._casts[dtype] = self.delta.to(dtype)
         return self._casts[dtype]
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _nearest_divisors(number: int, size: int) -> list[int]:

@@ -25,7 +25,7 @@ class AdapterState:
         sequence: the active adapters, in the order in which activations go through them.
         trainable_before: names of the parameters that trained before the model was wrapped.
         trained: by adapter, the base parameters that it trains in full (``modules_to_save`` and biases), under the
-            names they have in the plain model.
+            names they have in the plain model, and the buffers of those modules (running statistics).
         originals: the values of all those in the base model, by name.
         aside: by inactive adapter, its own parameters in place of those; an active one's are in the model.
         nested_encoders: paths of the ``nn.TransformerEncoder`` whose nested tensors are off while it is wrapped.
@@ -36,7 +36,7 @@ class AdapterState:
     trainable_before: tuple[str, ...] = ()
     trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
-    aside: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    aside: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     nested_encoders: tuple[str, ...] = ()
 
     @property
@@ -134,8 +134,8 @@ def plain_view(model: nn.Module) -> Iterator[None]:
             modules[name] = layer
 
 
-def plain_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter that has this name in the plain model; adapted layers pass through to their base layer."""
+def plain_parameter(model: nn.Module, name: str) -> Tensor:
+    """The parameter, or buffer, of this name in the plain model; adapted layers pass through to their base layer."""
     module: nn.Module = model
     *path, leaf = name.split(".")
     for part in path:
@@ -143,15 +143,26 @@ def plain_parameter(model: nn.Module, name: str) -> nn.Parameter:
     return getattr(module, leaf)
 
 
-def trained_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """What an adapter, active or not, made of the base parameters that it trains in full, by their plain names."""
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the model's state dictionary, under each of their names."""
+    return {
+        f"{path}.{leaf}" if path else leaf: buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        for leaf, buffer in module._buffers.items()
+        if buffer is not None and leaf not in module._non_persistent_buffers_set
+    }
+
+
+def trained_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter, active or not, made of the base parameters that it trains in full (and of the buffers beside
+    them), by their plain names."""
     state = get_state(model)
     if adapter_name in state.sequence:
         return {name: plain_parameter(model, name) for name in state.trained[adapter_name]}
     return state.aside[adapter_name]
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module, adapter_name: str) -> list[Tensor]:
     """All that an adapter trains: its generators, and the base parameters that it trains in full."""
     generators = [layer.generators[adapter_name] for layer in layers_of(model, adapter_name).values()]
     return [*generators, *trained_parameters(model, adapter_name).values()]

@@ -93,10 +93,11 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
                 f"{name} is a {type(module).__name__}, which cannot be adapted; target nn.Linear, Conv1D, "
                 "nn.Embedding, nn.Conv2d, quantized linear modules or transformers' experts"
             )
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        if _is_read(name, modules):
+            reader = type(modules[name.rpartition(".")[0]]).__name__
             raise AdapterError(
-                f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so an adapter here would "
-                "never train; leave it out with exclude_modules"
+                f"{name}: {reader} reads this layer's weight without calling it, so an adapter here would never train; "
+                "leave it out with exclude_modules"
             )
         if layer_class is OFTExperts and getattr(module, "_is_expert_parallel", False):
             raise AdapterError(
@@ -165,12 +166,21 @@ def _chosen_names(model: nn.Module, config: OFTConfig, names: list[str], modules
         name
         for name in names
         if layer_class_for(modules[name]) in (OFTLinear, QuantOFTLinear)
-        and not isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)  # reads the weight, never calls
+        and not _is_read(name, modules)
         and not type(modules[name]).__name__.endswith("Router")  # Llama 4's and PhiMoE's: they return tuples
         and not any(name == head or name.startswith(head + ".") for head in outside)
     ]
     either = {*linear, *named}
     return [name for name in names if name in either]
+
+
+def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the module around a layer multiplies by its weight itself, past any adapter, and never calls it."""
+    parent, _, child = name.rpartition(".")
+    reader = type(modules[parent])
+    if child == "dt_proj" and "Mamba" in reader.__name__:
+        return find_backend(modules[name]) is None  # quantized ones are called
+    return issubclass(reader, nn.MultiheadAttention) or reader.__name__ == "WavLMAttention"
 
 
 def _takes_all_linear(config: OFTConfig) -> bool:

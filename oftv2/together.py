@@ -6,7 +6,7 @@ make it for all layers that train and hand each its own, for this pass alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,10 @@ from ._eager import Transform
 from .base import OFTLayer
 from .checkpointing import in_checkpoint
 from .functional import can_be_direct
+from .rotation import KeptRotation
 
+# Generators that are transformed at once (2 threads, float32, b = 32, the 210 layers of SmolLM2-135M with 4680 blocks).
+_PACKED_ELEMENTS = 1 << 17
 _SERVED: WeakKeyDictionary[nn.Module, Sequence[OFTLayer]] = WeakKeyDictionary()  # the layers of passes under way
 
 
@@ -40,6 +43,7 @@ def hand_out(model: nn.Module, args: Any) -> None:
 
     Processes that share the work exchange each layer's gradients while the next are computed; there each makes its own.
     """
+    take_back(model)  # what is left of a pass that a KeyboardInterrupt ended
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or distributed or in_checkpoint():
         return
@@ -47,20 +51,44 @@ def hand_out(model: nn.Module, args: Any) -> None:
     for module in model.modules():
         if module.training and getattr(module, "gradient_checkpointing", False):
             return
-        if not isinstance(module, OFTLayer) or not module.rotating:
+        if not isinstance(module, OFTLayer) or not module.rotating or _stands_apart(module):
             continue
         packed = module.changing_generators()
         if packed is not None and can_be_direct(packed):
             rotation = module.rotation
             alike.setdefault((rotation.block_size, rotation.terms, packed.dtype), []).append((module, packed))
     for (block_size, terms, _), found in alike.items():
-        deltas = Transform.apply(block_size, terms, *(packed for _, packed in found))
-        for (layer, _), delta in zip(found, deltas, strict=True):
-            layer.handed = delta
+        for part in _parts(found):
+            deltas = Transform.apply(block_size, terms, *(packed for _, packed in part))
+            for (layer, _), delta in zip(part, deltas, strict=True):
+                layer.handed = KeptRotation(layer.generators_of(layer.sequence), delta)
     _SERVED[model] = [layer for found in alike.values() for layer, _ in found]
 
 
-def take_back(model: nn.Module, args: Any, output: Any) -> None:
+def _parts(layers: Sequence[tuple[OFTLayer, Tensor]]) -> Iterator[Sequence[tuple[OFTLayer, Tensor]]]:
+    """Neighbours whose Δ are made at once, as many as stay in a CPU's caches; so does, in the backward pass, what their
+    gradients are made of."""
+    start = size = 0
+    for i, (_, packed) in enumerate(layers, 1):
+        size += packed.numel()
+        if size >= _PACKED_ELEMENTS or i == len(layers):
+            yield layers[start:i]
+            start, size = i, 0
+
+
+def _stands_apart(layer: OFTLayer) -> bool:
+    """Whether layers in one node of the graph would mind each other's backward passes: scaling and projection keep what
+    is gone after one, and hooks of generators would be called without a gradient where only other layers are used."""
+    for name, packed in zip(layer.sequence, layer.generators_of(layer.sequence), strict=True):
+        rotation = layer.rotations[name]
+        if rotation.scale or rotation.constraint is not None:
+            return True
+        if packed._backward_hooks or packed._post_accumulate_grad_hooks:
+            return True
+    return False
+
+
+def take_back(model: nn.Module, args: Any = (), output: Any = None) -> None:
     """A forward hook, called after failures too: no later pass finds these Δ."""
     for layer in _SERVED.pop(model, ()):
         layer.handed = None

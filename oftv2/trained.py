@@ -1,11 +1,14 @@
 """Base parameters that adapters train in full (``modules_to_save``, biases): each adapter has its own.
 
+With them go the buffers of those modules, such as running statistics, which a training pass writes.
+
 Those of the active adapters are in the model, where the base model's would be; those of the others are set aside, and
 belong to the model's state dictionary under names of their own.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
+from .errors import AdapterError, TargetWarning
 from .partitioned import refuse_partitioned
 from .sharding import is_fsdp, is_sharded, plain_path
-from .state import AdapterState, find_state, get_state, plain_name, plain_parameter, trained_parameters
+from .state import (
+    AdapterState,
+    find_state,
+    get_state,
+    persistent_buffers,
+    plain_name,
+    plain_parameter,
+    trained_parameters,
+)
 
 PREFIX = "_oftv2."
+
+
+def warn_of_statistics(model: nn.Module, trained: Sequence[str]) -> None:
+    """A TargetWarning where training passes write running statistics that are not among ``trained``."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.running_mean is not None
+        and f"{path}.running_mean" not in trained
+    ]
+    if found:
+        name = found[0].rpartition(".")[2]
+        warnings.warn(
+            f"training passes change the running statistics of {len(found)} frozen layers ({found[0]}, a "
+            f"{type(model.get_submodule(found[0])).__name__}, …), and no adapter holds them: name these layers in "
+            f"modules_to_save, as in modules_to_save=[{name!r}], or keep them in eval mode",
+            TargetWarning,
+            stacklevel=3,
+        )
 
 
 def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
@@ -52,12 +83,12 @@ def set_aside(model: nn.Module, adapter_name: str, names: Sequence[str]) -> None
     """Gives a new, inactive adapter its own copies of the base model's parameters ``names``, frozen."""
     state = get_state(model)
     bases = {id(plain_parameter(model, name)): value for name, value in state.originals.items()}
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[int, Tensor] = {}
     for name in names:
         parameter = plain_parameter(model, name)
         base = state.originals.setdefault(name, bases.get(id(parameter), parameter.detach()))
         if id(parameter) not in copies:  # tied parameters stay one
-            copies[id(parameter)] = nn.Parameter(base.clone(), requires_grad=False)
+            copies[id(parameter)] = _frozen(base.clone(), parameter)
     state.trained[adapter_name] = tuple(names)
     state.aside[adapter_name] = {name: copies[id(plain_parameter(model, name))] for name in names}
 
@@ -65,31 +96,44 @@ def set_aside(model: nn.Module, adapter_name: str, names: Sequence[str]) -> None
 def exchange(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """Puts the parameters of these adapters into the model, and sets those of the active ones aside; checked before."""
     state = get_state(model)
-    wanted: dict[str, nn.Parameter] = {}
+    wanted: dict[str, Tensor] = {}
     for adapter in state.sequence:
         if adapter not in adapter_names:
             names = state.trained[adapter]
             state.aside[adapter] = trained_parameters(model, adapter)
             for parameter in state.aside[adapter].values():
-                parameter.requires_grad_(False)
-            wanted |= {name: nn.Parameter(state.originals[name], requires_grad=False) for name in names}
+                set_trainable(parameter, False)
+            wanted |= {name: _frozen(state.originals[name], plain_parameter(model, name)) for name in names}
     for adapter in adapter_names:
         wanted |= state.aside.pop(adapter, {})
     _place(model, wanted)
 
 
-def _place(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+def set_trainable(parameter: Tensor, trainable: bool) -> None:
+    """Whether a parameter trains; a buffer never does."""
+    if isinstance(parameter, nn.Parameter):
+        parameter.requires_grad_(trainable)
+
+
+def _frozen(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` as a parameter, or of a buffer a copy, which training passes may write to."""
+    return nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value.clone()
+
+
+def _place(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Puts parameters into the model, wherever those of these names are used, on their devices and in their dtypes."""
-    exchanged: dict[int, nn.Parameter] = {}
+    exchanged: dict[int, Tensor] = {}
     for name, parameter in parameters.items():
         present = plain_parameter(model, name)
         if parameter.device != present.device or parameter.dtype != present.dtype:
             parameter.data, parameter.grad = parameter.data.to(present.device, present.dtype), None
         exchanged[id(present)] = parameter
     for module in model.modules():
-        for leaf, present_here in module._parameters.items():
-            if id(present_here) in exchanged:
-                module._parameters[leaf] = exchanged[id(present_here)]
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
+            for leaf, present_here in registry.items():
+                if id(present_here) in exchanged:
+                    registry[leaf] = exchanged[id(present_here)]
 
 
 @contextmanager
@@ -116,7 +160,8 @@ def base_values(model: nn.Module, values: Mapping[str, Tensor] | None = None) ->
     trained = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = values[name].to(parameter.device, parameter.dtype)
+            written = not isinstance(parameter, nn.Parameter)  # a buffer may be, in a training pass
+            parameter.data = values[name].to(parameter.device, parameter.dtype, copy=written)
         yield
     finally:
         for name, parameter in parameters.items():
@@ -141,9 +186,10 @@ def forget(state: AdapterState, adapter_name: str) -> None:
 
 
 def trained_keys(model: nn.Module) -> list[str]:
-    """The state dictionary's keys of all adapters' generators, and of the base parameters that they train in full."""
+    """The state dictionary's keys of all adapters' generators, and of what they train in full."""
     trained = get_state(model).originals
-    names = [plain_path(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    names = [plain_path(name) for name in (*parameters, *persistent_buffers(model))]
     names = [name for name in names if ".generators." in name or plain_name(name) in trained]
     return [*names, *aside_by_key(model)]
 
@@ -161,7 +207,7 @@ def remove_state_hooks(model: nn.Module) -> None:
             del hooks[key]
 
 
-def aside_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
+def aside_by_key(model: nn.Module) -> dict[str, Tensor]:
     """What is set aside, by its key in the model's state dictionary.
 
     None of it where FSDP2 shards the model: torch looks for a parameter under each key, and it stays as it is there.

@@ -22,10 +22,19 @@ from .partitioned import gathered
 from .pretrained import present, unpresent
 from .rotation import Rotation
 from .sharding import check_unsharded
-from .state import AdapterState, find_state, get_state, inner_model, oft_layers, plain_parameter, set_state
+from .state import (
+    AdapterState,
+    find_state,
+    get_state,
+    inner_model,
+    oft_layers,
+    persistent_buffers,
+    plain_parameter,
+    set_state,
+)
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .together import add_pass_hooks, remove_pass_hooks
-from .trained import add_state_hooks, remove_state_hooks, restore_originals
+from .trained import add_state_hooks, remove_state_hooks, restore_originals, set_trainable, warn_of_statistics
 
 
 def wrap_model(
@@ -43,7 +52,8 @@ def wrap_model(
     Args:
         model (nn.Module): any model, quantized or not.
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
-            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out.
+            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out. (Another one
+            tells of frozen layers with running statistics, which change in training and go with no adapter.)
         adapter_name (str): the adapter's name.
         group_projections (bool): rotate the input of gate and up projections once for both, where their module does
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
@@ -70,6 +80,7 @@ def wrap_model(
     if group_projections:
         check_groups(model)
     install(model, config, targets, adapter_name, trained=trained)
+    warn_of_statistics(model, trained)
     watch_optimizers(model)
     return group(model) if group_projections else model
 
@@ -132,7 +143,7 @@ def install(
         sequence=(adapter_name,),
         trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         trained={adapter_name: tuple(trained)},
-        originals={name: _value(model.get_parameter(name)) for name in trained},
+        originals={name: _value(plain_parameter(model, name)) for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
     )
     model.requires_grad_(False)
@@ -141,7 +152,7 @@ def install(
     add_state_hooks(model)
     put_on_targets(model, config, targets, adapter_name)
     for name in trained:
-        plain_parameter(model, name).requires_grad_(True)
+        set_trainable(plain_parameter(model, name), True)
     _use_nested_tensors(model, state, False)
     set_state(model, state)
     present(model)
@@ -228,7 +239,7 @@ def _is_peft_layer(module: nn.Module) -> bool:
 
 
 def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) -> list[str]:
-    """Names of the base parameters that train in full: those of ``modules_to_save``, and biases."""
+    """Names of the base parameters that train in full: those of ``modules_to_save`` with its buffers, and biases."""
     everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]  # a tied one by each name
     names: list[str] = []
     for top in saved_modules(model, config):
@@ -236,6 +247,7 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
         if not inside or not all(model.get_parameter(name).is_floating_point() for name in inside):
             what = "quantized weights, which cannot be trained" if inside else "no parameters to train"
             raise AdapterError(f"modules_to_save: {top} ({type(model.get_submodule(top)).__name__}) has {what}")
+        inside += [name for name in persistent_buffers(model) if name.startswith(top + ".")]
         names += [name for name in inside if name not in names]
     if config.bias == "none":
         return names
@@ -249,7 +261,7 @@ def trained_names(model: nn.Module, config: OFTConfig, targets: list[Target]) ->
     return names + [name for name in biases if name not in names]
 
 
-def _value(parameter: nn.Parameter) -> Tensor:
+def _value(parameter: Tensor) -> Tensor:
     with gathered([parameter]):
         return parameter.detach().clone()
 

@@ -43,6 +43,16 @@ def test_few_tokens_take_the_input_form_and_many_the_weight_form():
     assert by_outputs == ["weight", "input"]
 
 
+@pytest.mark.parametrize("block_size", [2, 16, 32, 64, 256])
+@pytest.mark.parametrize("outputs", [1, 48, 4096])
+def test_up_to_as_many_tokens_as_outputs_a_cpu_always_rotates_them(outputs, block_size):
+    """So layers do not ask the model then."""
+    for tokens in {1, max(1, outputs // 2), outputs}:
+        for gradient in (True, False):
+            problem = Problem(tokens, 512, outputs, block_size, 4, gradient)
+            assert cheapest(problem, ("input", "weight"), CPU) == "input"
+
+
 def test_a_weight_that_is_dequantized_anyway_is_rotated_sooner():
     plain, quantized = (Problem(4096, 4096, 14336, 32, 2, True, q) for q in (False, True))
     assert cheapest(plain, ("input", "weight"), H200) == "input"

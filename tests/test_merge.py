@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import dispatch_model
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_close, randomize
-from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, merge, wrap_model
+from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, merge, unmerge, wrap_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = {
@@ -22,6 +26,77 @@ LAYERS = {
     "shared": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16, block_share=True)),
     "exact": lambda: OFTLinear(nn.Linear(64, 33), OFTConfig(block_size=16, parametrization="cayley")),
 }
+
+
+COMPUTED = {
+    "weight-norm": (nn.utils.parametrizations.weight_norm, parametrize.remove_parametrizations),
+    "spectral-norm": (nn.utils.parametrizations.spectral_norm, parametrize.remove_parametrizations),
+    "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), prune.remove),
+}
+
+
+@pytest.mark.parametrize(("compute", "remove"), COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_are_computed(compute, remove):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), compute(nn.Linear(32, 8))).eval()
+    x = torch.randn(4, 32)
+    plain, buffers = model(x), [buffer.clone() for buffer in model.buffers()]
+    wrap_model(model, block_size=8)
+    assert torch.equal(model(x), plain)
+    assert all(map(torch.equal, model.buffers(), buffers))
+    randomize(model, 0.1)
+    expected = model.eval()(x)
+    with pytest.raises(AdapterError, match=r"^1: the weight of its (Parametrized)?Linear is computed"):
+        merge(model)
+    assert isinstance(model[0], OFTLinear)
+    assert torch.equal(model(x), expected)
+    remove(model[1].base_layer, "weight")
+    assert_close("merged", merge(model)(x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("unload", [True, False], ids=["unloaded", "kept"])
+def test_models_that_accelerate_dispatched(tiny_llama, tmp_path, unload):
+    """As device_map does with several devices: the forward of each layer is replaced on the object."""
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    model = dispatch_model(tiny_llama().eval(), device_map, main_device="cpu", offload_dir=tmp_path)
+    ids = torch.arange(10)[None]
+    wrap_model(model, block_size=16)
+    randomize(model, 0.1)
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        merge(model, unload=unload)
+        assert_close("merged", model(ids).logits, expected, 1e-5)
+        if not unload:
+            assert_close("unmerged", unmerge(model)(ids).logits, expected, 1e-5)
+        else:
+            projection = model.model.layers[0].mlp.up_proj
+            assert type(projection) is nn.Linear
+            assert projection.forward.args[0] is projection._old_forward.__self__ is projection
+
+
+def test_weights_that_are_offloaded_are_refused(tiny_llama, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(tiny_llama().eval(), device_map, main_device="cpu", offload_dir=tmp_path)
+    wrap_model(model, block_size=16)
+    with pytest.raises(AdapterError, match=r"^model\.layers\.1\.self_attn\.q_proj: the weight is on the meta device"):
+        merge(model)
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, OFTLinear))
+
+
+def test_a_forward_that_was_replaced_is_refused_unless_it_is_the_layers_own():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[0].forward = types.MethodType(lambda layer, x: 2 * F.linear(x, layer.weight), model[0])
+    wrap_model(model, block_size=8)
+    randomize(model, 0.1)
+    x = torch.randn(3, 16)
+    expected = model.eval()(x)
+    assert_close("merged", merge(copy.deepcopy(model))(x), expected, 1e-5)
+    plain = model[1].base_layer.forward
+    model[1].base_layer.forward = lambda x: 2 * plain(x)
+    with pytest.raises(AdapterError, match=r"^1: the forward of its Linear was replaced by a function"):
+        merge(model)
+    assert not model[0].merged
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)

@@ -108,10 +108,6 @@ def shared():
     return nn.Sequential(layer, layer)
 
 
-def with_norm():
-    return nn.Sequential(nn.Linear(32, 8), nn.BatchNorm1d(8))
-
-
 REFUSED = {
     "one-term": (linear, {"block_size": 8, "neumann_terms": 1}, "neumann_terms=1"),
     "old-series": (linear, {"block_size": 8, "parametrization": "neumann"}, "series of PEFT before 0.18"),
@@ -124,7 +120,6 @@ REFUSED = {
     ),
     "shared": (shared, {"block_size": 8}, "under several paths"),
     "tied": (gpt2, {"block_size": 8, "modules_to_save": ("lm_head",), "target_modules": ("wpe",)}, "is tied to"),
-    "buffers": (with_norm, {"block_size": 8, "modules_to_save": ("1",)}, "has buffers"),
 }
 
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, WavLMConfig, WavLMForCTC
 
 from conftest import adapted_paths, randomize, trainable
-from oftv2 import OFTConfig, OFTEmbedding, OFTLayer, OFTLinear, disable_adapter, merge, unwrap_model, wrap_model
+from oftv2 import (
+    AdapterError,
+    OFTConfig,
+    OFTEmbedding,
+    OFTLayer,
+    OFTLinear,
+    disable_adapter,
+    merge,
+    unwrap_model,
+    wrap_model,
+)
 from small_models import mlp
 
 
@@ -137,3 +147,33 @@ def test_torchs_fused_encoder_does_not_bypass_the_adapter(where, mask):
     torch.testing.assert_close(run(fast=True), slow)
     after = [module.use_nested_tensor for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     assert after == nested
+
+
+def mamba():
+    sizes = {"hidden_size": 16, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 8}
+    return MambaForCausalLM(MambaConfig(vocab_size=32, **sizes)), torch.arange(8)[None]
+
+
+def wavlm():
+    convolutions = {"conv_dim": (16,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embeddings": 4}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = WavLMConfig(vocab_size=32, num_conv_pos_embedding_groups=2, mask_time_prob=0, **sizes, **convolutions)
+    return WavLMForCTC(config), torch.randn(1, 400)
+
+
+@pytest.mark.parametrize(
+    ("make", "read", "fewest"),
+    [(mamba, ["dt_proj"], 3), (wavlm, ["q_proj", "k_proj", "v_proj", "out_proj"], 3)],
+    ids=["mamba", "wavlm"],
+)
+def test_layers_whose_weights_are_read_and_that_are_never_called(make, read, fewest):
+    model, inputs = make()
+    wrap_model(model, block_size=8)
+    assert len(adapted_paths(model)) >= fewest
+    assert not {path.rsplit(".", 1)[-1] for path in adapted_paths(model)} & set(read)
+    model.train()(inputs).logits.square().sum().backward()
+    adapted = [layer.generators["default"] for layer in model.modules() if isinstance(layer, OFTLayer)]
+    assert all(generators.grad is not None and generators.grad.any() for generators in adapted)
+    for name in read:
+        with pytest.raises(AdapterError, match=rf"{name}: (MambaMixer|WavLMAttention) reads this layer's weight"):
+            wrap_model(make()[0], block_size=8, target_modules=[name])

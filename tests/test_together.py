@@ -116,6 +116,111 @@ def test_nothing_is_left_after_a_pass_or_a_failure():
     assert not together._SERVED
 
 
+class Towers(nn.Module):
+    """Two parts that share nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 24)) for _ in range(2))
+
+    def forward(self, x):
+        return self.left(x), self.right(x)
+
+
+def towers(model_class=Towers, **fields):
+    torch.manual_seed(0)
+    model = oftv2.wrap_model(model_class(), **{"block_size": 8, **fields}).train()
+    randomize(model, 0.1)
+    return model
+
+
+def gradients_of(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"block_share": True}, {"scale_generators": True}, {"constraint": 0.1}], ids=str
+)
+def test_parts_with_losses_of_their_own(fields):
+    model, x = towers(**fields), torch.randn(5, 24)
+    expected = towers(**fields)
+    sum(y.square().sum() for y in expected(x)).backward()
+    for y in model(x):
+        y.square().sum().backward()
+    for name, gradient in gradients_of(expected).items():
+        assert_close(name, gradients_of(model)[name], gradient, 1e-6)
+
+
+def test_a_backward_pass_within_the_forward_pass():
+    class Chunks(Towers):
+        def forward(self, x):
+            for part in x.chunk(3):
+                for y in super().forward(part):
+                    y.square().sum().backward()
+
+    model, expected, x = towers(Chunks), towers(), torch.randn(9, 24)
+    model(x)
+    sum(y.square().sum() for y in expected(x)).backward()
+    for name, gradient in gradients_of(expected).items():
+        assert_close(name, gradients_of(model)[name], gradient, 1e-5)
+
+
+def test_hooks_of_generators_are_not_called_where_nothing_is_used():
+    model, seen = towers(), []
+    model.left[0].generators["default"].register_hook(lambda grad: seen.append("left") or grad.clamp(-1, 1))
+    model.right[0].generators["default"].register_hook(lambda grad: seen.append("right") or grad.clamp(-1, 1))
+    model.right[2].generators["default"].register_post_accumulate_grad_hook(lambda packed: seen.append("last"))
+    model(torch.randn(5, 24))[0].sum().backward()
+    assert seen == ["left"]
+    assert model.right[0].generators["default"].grad is model.right[2].generators["default"].grad is None
+
+
+@pytest.mark.parametrize("change", [oftv2.set_adapter, oftv2.hotswap_adapter])
+def test_adapters_changed_within_a_pass(change, tmp_path):
+    class Changing(Towers):
+        def forward(self, x):
+            y, _ = super().forward(x)
+            change(self, other, **options)
+            return y, super().forward(x)[0]
+
+    model, x = towers(Changing), torch.randn(5, 24)
+    oftv2.add_adapter(model, "other", block_size=8)
+    randomize(model, 0.1)
+    oftv2.save_adapter(model, tmp_path, adapter_name="other")
+    other, options = ("other", {}) if change is oftv2.set_adapter else (tmp_path, {"adapter_name": "default"})
+    first = model.left(x)
+    y, changed = model(x)
+    assert_close("before", y, first, 1e-6)
+    assert_close("after", changed, model.left(x), 1e-6)
+    assert not torch.allclose(y, changed, atol=0.01)
+
+
+def interrupt(module, args):
+    raise KeyboardInterrupt
+
+
+def test_nothing_is_left_of_an_interrupted_pass():
+    model, x = towers(), torch.randn(5, 24)
+    hook = model.right.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    hook.remove()
+    model.train()
+    for parameter in gradients_of(model):
+        model.get_parameter(parameter).data.mul_(-2)
+    alone = copy.deepcopy(model)
+    assert_close("y", model.left(x), alone.left(x), 1e-6)
+
+
+def test_generators_written_to_before_the_backward_pass_are_refused():
+    model = towers()
+    loss = model(torch.randn(5, 24))[0].sum()
+    with torch.no_grad():
+        model.left[0].generators["default"].add_(1)
+    with pytest.raises(RuntimeError, match="written to between"):
+        loss.backward()
+
+
 def test_values_written_past_the_version_counter_are_seen():
     model = wrapped()
     passed(model)

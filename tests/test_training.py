@@ -86,6 +86,31 @@ class TestCheckpointing:
         assert all(grad.any() for grad in gradients(model).values())
         assert not x.requires_grad
 
+    @pytest.mark.parametrize("inputs", ["ids", "floats"])
+    def test_models_that_write_to_their_inputs(self, inputs):
+        class InPlace(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding, self.linear = nn.Embedding(10, 16), nn.Linear(16, 16)
+
+            def forward(self, x):
+                x = self.embedding(x) if x.dtype == torch.long else x
+                x *= 2
+                x[:, 0] = 0
+                return self.linear(x)
+
+        torch.manual_seed(0)
+        model = wrap_model(InPlace(), block_size=4)
+        randomize(model)
+        x, written = (torch.arange(10).view(5, 2) if inputs == "ids" else torch.ones(5, 16) for _ in range(2))
+        with torch.no_grad():
+            expected = model.eval()(x)
+        y = model.train()(written)
+        y.sum().backward()
+        assert_close("y", y, expected, 1e-6)
+        assert torch.equal(written, x)
+        assert gradients(model)["linear.generators.default"].any()
+
     def test_unwrapping_takes_the_hooks_off(self, tiny_llama):
         model = tiny_llama()
         before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
