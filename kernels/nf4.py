@@ -7,8 +7,9 @@ shares its ``absmax``. W is rounded to the result's type before it is rotated, a
 
 A program owns neighbouring tiles of columns, each with its own Δ, and walks down a share of the rows. The tiles are one
 batched product, a warp each: nothing is multiplied by the zeros between them, and rows are read in whole sectors.
-Compiled for sm_90 at b = 32 in bfloat16, an element costs a thread 11 instructions (plain dequantization: 8.5), where
-reading half a byte and writing two gives an H200 time for about 16.
+Compiled for sm_90 at b = 32 in bfloat16, an element costs a thread 12 instructions (plain dequantization: 8.5), where
+reading half a byte and writing two gives an H200 time for about 16. What binds, by the machine code, is shared memory:
+tables, W and W′ on their way into the product and out of it take 1.3 times as long as the bytes from and to memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import multiprocessors, on_device, tile_size
+from .tiles import cdiv, multiprocessors, on_device, tile_size
 
 # Rows that share one Δ: Δ of b = 32 is then a tenth of what a program reads and writes.
 _SHARE = 512
@@ -45,13 +46,16 @@ def open_weight(weight, BLOCKSIZE2: tl.constexpr):
 
 
 @triton.jit
-def _scales(weight, index, inside, BLOCKSIZE2: tl.constexpr):
+def _scales(weight, index, inside, BLOCKSIZE2: tl.constexpr, ALIGNED: tl.constexpr):
     """``absmax`` of some blocks, in float32."""
-    absmax = tl.load(weight[1] + index, mask=inside, other=0)
     if BLOCKSIZE2 == 0:
-        return absmax.to(tl.float32)
+        return tl.load(weight[1] + index, mask=inside, other=0).to(tl.float32)
     else:  # looked up, and not loaded: a load of bytes on the way to a dot gives Triton wrong ideas of its layout
-        level = _lookup(weight[3], absmax.to(tl.int32))
+        if ALIGNED:  # a word of four, of which one is wanted: bytes would not be loaded ahead of their iteration
+            word = tl.load(weight[1] + (index >> 2), mask=inside, other=0)
+            level = _lookup(weight[3], (word >> 8 * (index.to(tl.int32) & 3)) & 255)
+        else:
+            level = _lookup(weight[3], tl.load(weight[1] + index, mask=inside, other=0).to(tl.int32))
         return level * tl.load(weight[4] + index // BLOCKSIZE2, mask=inside, other=0.0) + weight[5]
 
 
@@ -90,7 +94,7 @@ def load_weight(
         if not EVEN:
             word_exists, block_exists = exists & (words < pitch), exists & (blocks < d // BLOCKSIZE)
         nibble = _unpack(tl.load(weight[0] + (row * pitch + words), mask=word_exists, other=0))
-        scale = _scales(weight, row * (d // BLOCKSIZE) + blocks, block_exists, BLOCKSIZE2)  # [ROWS, BLOCKS]
+        scale = _scales(weight, row * (d // BLOCKSIZE) + blocks, block_exists, BLOCKSIZE2, ALIGNED)  # [ROWS, BLOCKS]
         if BLOCKS == 1:
             return (_lookup(weight[2], nibble) * scale).to(dtype)
         else:
@@ -101,7 +105,7 @@ def load_weight(
         exists = exists & inside[None, :]
         byte = tl.load(weight[0] + (index >> 1), mask=exists, other=0).to(tl.int32)
         nibble = (byte >> (4 - 4 * (index & 1)).to(tl.int32)) & 15
-        return (_lookup(weight[2], nibble) * _scales(weight, index // BLOCKSIZE, exists, BLOCKSIZE2)).to(dtype)
+        return (_lookup(weight[2], nibble) * _scales(weight, index // BLOCKSIZE, exists, BLOCKSIZE2, ALIGNED)).to(dtype)
 
 
 @triton.jit
@@ -211,11 +215,18 @@ def storage(
     whole: bool = True,
 ) -> Storage:
     """Chooses 32-bit words with one ``absmax`` a row and block, or single nibbles: odd layouts, tiles not ``whole``."""
-    flat = packed.reshape(-1).view(torch.uint8)
-    aligned = whole and d % blocksize == 0 and flat.storage_offset() % 4 == 0
+    flat, scales = packed.reshape(-1).view(torch.uint8), absmax.reshape(-1)
+    aligned = whole and d % blocksize == 0 and _in_words(flat) and (nested is None or _in_words(scales))
     more = Nested(*nested) if nested else Nested(absmax, absmax, absmax, 0)  # not looked at where there is none
-    tensors = (flat.view(torch.int32) if aligned else flat, absmax, code, more.code, more.absmax, more.offset)
+    if aligned:
+        flat, scales = flat.view(torch.int32), scales.view(torch.int32) if nested else scales
+    tensors = (flat, scales, code, more.code, more.absmax, more.offset)
     return Storage(tensors, d // 8, {"BLOCKSIZE": blocksize, "BLOCKSIZE2": more.blocksize, "ALIGNED": aligned})
+
+
+def _in_words(octets: Tensor) -> bool:
+    """Whether bytes can be read as 32-bit words."""
+    return octets.storage_offset() % 4 == 0 and octets.numel() % 4 == 0
 
 
 def supports(dtype: torch.dtype, block_size: int) -> bool:
@@ -242,13 +253,13 @@ def plan(n: int, d: int, block_size: int, dtype: torch.dtype, aligned: bool, dev
     width = min(tile, 64 if wide else 128)
     rows = 16 if wide or not aligned else {32: 32, 64: 64, 128: 64, 256: 32}[tile]
     step = parts * (tile // block_size) * block_size
-    groups = triton.cdiv(d, step) * (tile // width)
-    shares = max(triton.cdiv(n, _SHARE), 4 * multiprocessors(device) // groups)
-    share = triton.cdiv(triton.cdiv(n, shares), rows) * rows
+    groups = cdiv(d, step) * (tile // width)
+    shares = max(cdiv(n, _SHARE), 4 * multiprocessors(device) // groups)
+    share = cdiv(cdiv(n, shares), rows) * rows
     even = d % step == 0 and tile % block_size == 0
     constants = {"B": block_size, "TILE": tile, "WIDTH": width, "PARTS": parts, "ROWS": rows, "EVEN": even}
     options = {"num_warps": 4, "num_stages": 3 if aligned else 1}
-    return Launch((groups, triton.cdiv(n, share)), share, {**constants, **options})
+    return Launch((groups, cdiv(n, share)), share, {**constants, **options})
 
 
 def dequantize_rotate(
@@ -282,7 +293,7 @@ def dequantize_rotate(
     with on_device(packed):
         if delta is None:
             source = storage(packed, absmax, code, d, blocksize, nested)
-            grid = (triton.cdiv(d, 256), triton.cdiv(n, 32))
+            grid = (cdiv(d, 256), cdiv(n, 32))
             _dequantize[grid](
                 source.tensors, out, n, d, source.pitch, ROWS=32, COLUMNS=256, EVEN=d % 256 == 0, **source.constants,
                 num_warps=4, enable_fp_fusion=False,

@@ -18,11 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import (
+    cdiv,
     load_blocks,
     load_rows,
+    load_rows_transposed,
     load_skew,
     multiprocessors,
     neumann_delta,
+    next_power_of_2,
     on_device,
     rows,
     store_blocks,
@@ -47,7 +50,7 @@ def _delta(source, strides, first, num_blocks, part, B: tl.constexpr, TILE: tl.c
         return tl.trans(delta) if TRANSPOSED else delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     x, out0, out1, out2, source0, source1, source2, strides,
     T, columns, num_blocks, x_stride, share,
@@ -98,13 +101,13 @@ def _backward_part(
         # later tokens into the place of `part`, which is used twice, before the product is sure to have read it. With
         # this limit, which means nothing in 16 bit, the sum is added by itself, after a wait.
         apart: tl.constexpr = 1 if TILE >= 64 else None
-        added = tl.dot(tl.trans(x_tile), part, input_precision="tf32x3", max_num_imprecise_acc=apart)
+        added = tl.dot(x_tile, part, input_precision="tf32x3", max_num_imprecise_acc=apart)
         return grad_x, added
     else:
         return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward(
     grad0, grad1, grad2, x, grad_x, partial0, partial1, partial2, source0, source1, source2, strides,
     T, columns, num_blocks, grad_stride0, grad_stride1, grad_stride2, x_stride, share,
@@ -126,12 +129,12 @@ def _backward(
             delta2 = _delta(source2, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, True).to(dtype)
     sum0 = tl.zeros((TILE, WIDTH), tl.float32)
     sum1, sum2 = sum0, sum0
-    x_tile = tl.zeros((BLOCK_T, TILE), dtype)
+    x_tile = tl.zeros((TILE, BLOCK_T), dtype)
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         if WITH_DELTA:
-            x_tile = load_rows(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+            x_tile = load_rows_transposed(x, row, column, inside, T, x_stride, EVEN)  # [TILE, BLOCK_T]
         total, added = _backward_part(
             grad0, grad_stride0, x_tile, delta0, row, column, inside, wanted, exists, T,
             WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
@@ -179,7 +182,7 @@ _BACKWARD_16_BIT = {
     256: (64, 16, 8, 2),
 }
 _FORWARD_32_BIT = {16: (16, 128, 4, 2), 32: (32, 64, 4, 2), 64: (64, 32, 4, 2)}
-_BACKWARD_32_BIT = {16: (16, 32, 4, 2), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)}
+_BACKWARD_32_BIT = {16: (16, 32, 4, 3), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)}
 _PROGRAMS_PER_MULTIPROCESSOR = {16: 8, 32: 4, 64: 4, 128: 2, 256: 2}
 
 
@@ -214,17 +217,17 @@ def tiling(
     width, block_t, warps, stages = table[tile]
     if group > 1 and backward:
         width = min(width, 32)  # several sums of ∂Δ stay in registers
-    block_t = min(block_t, max(16, triton.next_power_of_2(tokens)))
+    block_t = min(block_t, max(16, next_power_of_2(tokens)))
     even = tile % block_size == 0 and num_blocks % (tile // block_size) == 0
     constants = {"B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "EVEN": even}
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.cdiv(num_blocks, tile // block_size) * (tile // width), {**constants, **options}
+    return cdiv(num_blocks, tile // block_size) * (tile // width), {**constants, **options}
 
 
 def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], device: torch.device) -> int:
     """How many tokens a program takes, where ``tiles`` programs take the same tokens: enough to keep a device busy."""
-    shares = triton.cdiv(multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
-    return triton.cdiv(triton.cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
+    shares = cdiv(multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
+    return cdiv(cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
 
 
 def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
@@ -232,7 +235,7 @@ def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int,
     tokens = x.shape[0]
     tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, terms, group=group, backward=backward)
     share = share_of(tokens, tiles, constants, x.device)
-    return Launch((tiles, triton.cdiv(tokens, share)), share, {"GROUP": group, "TERMS": terms, **constants})
+    return Launch((tiles, cdiv(tokens, share)), share, {"GROUP": group, "TERMS": terms, **constants})
 
 
 def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import load_blocks, load_rows, multiprocessors, on_device, rows, shared_memory, tile_columns, tile_size
+from .tiles import (
+    cdiv,
+    load_blocks,
+    load_rows,
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    rows,
+    shared_memory,
+    tile_columns,
+    tile_size,
+)
 
 
 @triton.jit(do_not_specialize=["T", "steps", "share"])
@@ -124,7 +135,7 @@ def plan(x: Tensor, delta: Tensor, outputs: int) -> Launch:
     programs, memory = multiprocessors(x.device), shared_memory(x.device)
 
     def tiles(block_t: int, block_n: int, *_: int) -> int:
-        return triton.cdiv(x.shape[0], block_t) * triton.cdiv(outputs, block_n)
+        return cdiv(x.shape[0], block_t) * cdiv(outputs, block_n)
 
     def stages(block_t: int, block_n: int, *_: int) -> int:
         """How many stages the shared memory takes."""
@@ -136,13 +147,13 @@ def plan(x: Tensor, delta: Tensor, outputs: int) -> Launch:
     if many and tiles(*many) >= programs and stages(*many) >= many[-1]:
         chosen = many
     block_t, block_n, warps, most = chosen
-    steps = triton.cdiv(num_blocks, tile // block_size) * (tile // width)
+    steps = cdiv(num_blocks, tile // block_size) * (tile // width)
     splits = min(programs * 8 // warps // tiles(*chosen), steps // 4, _MAX_SPLITS)
-    share = triton.cdiv(steps, max(1, splits))
+    share = cdiv(steps, max(1, splits))
     even = tile % block_size == 0 and num_blocks % (tile // block_size) == 0
     constants = {"B": block_size, "TILE": tile, "WIDTH": width, "BLOCK_T": block_t, "BLOCK_N": block_n, "EVEN": even}
     options = {"GROUP": _GROUP, "num_warps": warps, "num_stages": max(2, min(most, stages(*chosen)))}
-    return Launch((tiles(*chosen), triton.cdiv(steps, share)), steps, share, {**constants, **options})
+    return Launch((tiles(*chosen), cdiv(steps, share)), steps, share, {**constants, **options})
 
 
 def rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -173,8 +184,8 @@ def rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None 
             STRIDES=delta.stride(), WITH_BIAS=whole and bias is not None, **launch.constants,
         )  # fmt: skip
         if not whole:
-            _sum[(triton.cdiv(size, 256),)](
+            _sum[(cdiv(size, 256),)](
                 sums, bias, out, size, outputs, splits,
-                SPLITS=triton.next_power_of_2(splits), BLOCK=256, WITH_BIAS=bias is not None,
+                SPLITS=next_power_of_2(splits), BLOCK=256, WITH_BIAS=bias is not None,
             )  # fmt: skip
     return out

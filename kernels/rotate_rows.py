@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .rotate import share_of, tiling
-from .tiles import load_blocks, load_rows, on_device, store_blocks, store_rows, tile_columns
+from .tiles import cdiv, load_blocks, load_rows, load_rows_transposed, on_device, store_blocks, store_rows, tile_columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     x, out, deltas, rows, strides, T, columns, num_blocks, x_row_stride, x_stride, share,
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
@@ -50,7 +50,7 @@ def _forward(
         store_rows(out, rotated, token, wanted, exists, T, columns, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "T"])
 def _delta_grad(
     grad, x, partial, rows,
     num_rows, T, columns, num_blocks, grad_row_stride, grad_stride, x_row_stride, x_stride, share,
@@ -68,9 +68,9 @@ def _delta_grad(
         if tl.load(rows + index) == adapter:
             for start in range(begin, end, BLOCK_T):
                 token = start + tl.arange(0, BLOCK_T)
-                tile = load_rows(x, token, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
+                tile = load_rows_transposed(x, token, column, inside, T, x_stride, EVEN)  # [TILE, BLOCK_T]
                 upstream = load_rows(grad, token, wanted, exists, T, grad_stride, EVEN)  # [BLOCK_T, WIDTH]
-                total += tl.dot(tl.trans(tile), upstream, input_precision="tf32x3")
+                total += tl.dot(tile, upstream, input_precision="tf32x3")
         x += x_row_stride
         grad += grad_row_stride
     offset = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + adapter) * num_blocks * (B * B)
@@ -101,7 +101,7 @@ def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
         tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=False)
         share = share_of(tokens, tiles * num_rows, constants, x.device)
         with on_device(x):
-            _forward[(num_rows, tiles, triton.cdiv(tokens, share))](
+            _forward[(num_rows, tiles, cdiv(tokens, share))](
                 batch, out, deltas, rows.contiguous(), deltas.stride(),
                 tokens, columns, num_blocks, *batch.stride()[:2], share, **constants,
             )  # fmt: skip
@@ -116,7 +116,7 @@ def rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tensor
     num_rows, tokens, columns = batch.shape
     tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=True)
     share = share_of(tokens, tiles * num_deltas, constants, x.device)
-    grid = (num_deltas, tiles, triton.cdiv(tokens, share))
+    grid = (num_deltas, tiles, cdiv(tokens, share))
     partials = torch.empty(grid[2], *deltas.shape, dtype=torch.float32, device=x.device)
     with on_device(x):
         _delta_grad[grid](

@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .rotate import share_of, tiling
-from .tiles import load_blocks, load_rows, on_device, rows, store_blocks, store_rows, tile_columns
+from .tiles import (
+    cdiv,
+    load_blocks,
+    load_rows,
+    load_rows_transposed,
+    on_device,
+    rows,
+    store_blocks,
+    store_rows,
+    tile_columns,
+)
 
 
 @triton.jit
@@ -37,7 +47,7 @@ def _tokens(order, row, end, num_tokens, times, ORDERED: tl.constexpr):
         return row, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     x, out, deltas, ends, order, strides, num_tokens, times, columns, num_blocks, x_stride, ORDERED: tl.constexpr,
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
@@ -63,7 +73,7 @@ def _forward(
         store_rows(out, rotated, row, wanted, exists, end, columns, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _delta_grad(
     grad, x, partial, ends, order, num_tokens, times, columns, num_blocks, grad_stride, x_stride, ORDERED: tl.constexpr,
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
@@ -78,11 +88,11 @@ def _delta_grad(
     for start in range(begin, end, BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         token, limit = _tokens(order, row, end, num_tokens, times, ORDERED)
-        tile = load_rows(x, token, column, inside, limit, x_stride, EVEN)  # [BLOCK_T, TILE]
+        tile = load_rows_transposed(x, token, column, inside, limit, x_stride, EVEN)  # [TILE, BLOCK_T]
         upstream = load_rows(grad, row, wanted, exists, end, grad_stride, EVEN)  # [BLOCK_T, WIDTH]
         # As in `rotate`: asynchronous products of wide tiles are to have read them before others take their place.
         apart: tl.constexpr = 1 if TILE >= 64 else None
-        total += tl.dot(tl.trans(tile), upstream, input_precision="tf32x3", max_num_imprecise_acc=apart)
+        total += tl.dot(tile, upstream, input_precision="tf32x3", max_num_imprecise_acc=apart)
     offset = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + segment) * num_blocks * (B * B)
     store_blocks(partial + offset, total, first, num_blocks, part, B, TILE, WIDTH)
 
@@ -92,9 +102,9 @@ def _launch(
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """Grid and constants for ``count`` rows; segments are taken to be of one length, and any will do."""
     segments, num_blocks, block_size = deltas.shape[:3]
-    average = triton.cdiv(count, segments)
+    average = cdiv(count, segments)
     tiles, constants = tiling(x.dtype, average, num_blocks, block_size, 0, group=1, backward=backward)
-    return (segments, tiles, triton.cdiv(average, share_of(average, tiles * segments, constants, x.device))), constants
+    return (segments, tiles, cdiv(average, share_of(average, tiles * segments, constants, x.device))), constants
 
 
 def rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None, times: int = 1) -> Tensor:

@@ -21,9 +21,20 @@ _DEFAULT_MULTIPROCESSORS = 132
 _DEFAULT_SHARED_MEMORY = 227 * 1024
 
 
+# Triton's own of these two, made for kernels too, take 2 µs a call: of 37 µs of Python at a rotation's launch, 15.
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def tile_size(block_size: int) -> int:
     """The smallest tile for blocks of ``block_size``."""
-    return max(16, triton.next_power_of_2(block_size))
+    return max(16, next_power_of_2(block_size))
 
 
 @functools.lru_cache(maxsize=16)
@@ -79,6 +90,16 @@ def load_rows(x, row, column, inside, T, stride, EVEN: tl.constexpr):
     if not EVEN:
         mask = mask & inside[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows_transposed(x, row, column, inside, T, stride, EVEN: tl.constexpr):
+    """:func:`load_rows` as columns, for products that sum over rows: a tile that is transposed only after it was loaded
+    goes to shared memory by way of registers, and its loads are waited for in the iteration that issues them."""
+    mask = (row < T)[None, :]
+    if not EVEN:
+        mask = mask & inside[:, None]
+    return tl.load(x + row.to(tl.int64)[None, :] * stride + column[:, None], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -75,6 +75,18 @@ def run_tool(*arguments: object, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
 
 
+def run_program(program: str) -> None:
+    """Runs Python code in a process where Triton compiles, and not the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": str(TOOL.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def read(path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -168,14 +180,49 @@ for case in kernel_cases.CASES:
         names.remove(case.name)
 assert not names
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**environment, "PYTHONPATH": str(TOOL.parent)},
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(program)
+
+
+def test_tiles_are_loaded_ahead():
+    """No step of a loop waits for memory: every load in it is asynchronous, into shared memory, for a later step."""
+    run_program("""
+import kernel_cases, kernel_resources
+names = [f"rotate {what} bf16 b=32" for what in ("forward", "backward", "rows forward", "rows gradient of Δ")]
+names += ["rotate segments gradient of Δ bf16 b=32", "rotate backward bf16 b=16", "rotate backward bf16 b=32 group=3"]
+names += ["rotate backward bf16 b=32 terms=4", "rotate backward bf16 b=32 without ∂x", "rotate_matmul bf16 b=32 T=64"]
+names += ["nf4 dequantize and rotate bf16 b=32 nested", "nf4 product bf16 b=32 T=1 nested"]
+for case in kernel_cases.CASES:
+    if case.name in names:
+        for function, kernel in kernel_resources.compile_launches(case.launch, 90):
+            _, loop, steps = kernel.asm["ttgir"].rpartition("scf.for")
+            assert not loop or "async_copy_global_to_local" in steps and "tt.load" not in steps, case.name
+        names.remove(case.name)
+assert not names, names
+""")
+
+
+def test_batches_of_other_lengths_run_the_same_kernels():
+    run_program("""
+import kernel_resources, torch
+from oftv2.kernels import rotate, rotate_rows, rotate_segments
+
+def launch(tokens):
+    def run(device):
+        x, delta = torch.empty(tokens, 64, device=device).bfloat16(), torch.empty(2, 32, 32, device=device)
+        rotate.rotate(x, [delta], 32)
+        rotate.rotate_backward([x], x, [delta], 32)
+        batch, owners = x.unflatten(0, (-1, tokens)), torch.empty(1, dtype=torch.int64, device=device)
+        rotate_rows.rotate_rows(batch, delta[None], owners)
+        rotate_rows.rotate_rows_delta_grad(batch, batch, delta[None], owners)
+        ends = torch.empty(1, dtype=torch.int32, device=device)
+        rotate_segments.rotate_segments(x, delta[None], ends)
+        rotate_segments.rotate_segments_delta_grad(x, x, delta[None], ends)
+    return run
+
+compiled = [kernel_resources.compile_launches(launch(tokens), 90) for tokens in (512, 333)]
+even, odd = ([kernel.hash for _, kernel in launches] for launches in compiled)
+assert len(even) == 6 and even == odd
+""")
 
 
 def test_launchers_see_what_they_would_on_the_target():
@@ -192,14 +239,7 @@ for name in ("rotate forward bf16 b=32", "cayley backward b=16"):
     meta, real = (kernel_resources.compile_launches(case.launch, 90, device) for device in ("meta", "cpu"))
     assert [kernel.hash for _, kernel in meta] == [kernel.hash for _, kernel in real] != []
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**environment, "PYTHONPATH": str(TOOL.parent)},
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(program)
 
 
 @pytest.mark.parametrize(
