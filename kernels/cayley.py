@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import (
+    cdiv,
     exact_dot,
     load_blocks,
     load_skew,
@@ -35,7 +36,7 @@ def _forward(packed, delta, num_blocks, B: tl.constexpr, TILE: tl.constexpr, TER
     store_blocks(delta, neumann_delta(Q, TERMS), first, num_blocks, 0, B, TILE, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_grads"])
 def _backward(
     grads, packed, grad_packed, num_grads, num_blocks, B: tl.constexpr, TILE: tl.constexpr, TERMS: tl.constexpr
 ):
@@ -92,7 +93,7 @@ def _product(products, delta, strides, out, num_blocks, B: tl.constexpr, TILE: t
 def _launch(block_size: int, num_blocks: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the constants of both kernels."""
     tile = tile_size(block_size)
-    return (triton.cdiv(num_blocks, tile // block_size),), {"B": block_size, "TILE": tile, "num_warps": 4}
+    return (cdiv(num_blocks, tile // block_size),), {"B": block_size, "TILE": tile, "num_warps": 4}
 
 
 def supports(dtype: torch.dtype, block_size: int) -> bool:
