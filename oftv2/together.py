@@ -61,7 +61,7 @@ def hand_out(model: nn.Module, args: Any) -> None:
         for part in _parts(found):
             deltas = Transform.apply(block_size, terms, *(packed for _, packed in part))
             for (layer, _), delta in zip(part, deltas, strict=True):
-                layer.handed = KeptRotation(layer.generators_of(layer.sequence), delta)
+                _hand(layer, KeptRotation(layer.generators_of(layer.sequence), delta))
     _SERVED[model] = [layer for found in alike.values() for layer, _ in found]
 
 
@@ -91,4 +91,8 @@ def _stands_apart(layer: OFTLayer) -> bool:
 def take_back(model: nn.Module, args: Any = (), output: Any = None) -> None:
     """A forward hook, called after failures too: no later pass finds these Δ."""
     for layer in _SERVED.pop(model, ()):
-        layer.handed = None
+        _hand(layer, None)
+
+
+def _hand(layer: OFTLayer, made: KeptRotation | None) -> None:
+    object.__setattr__(layer, "handed", made)  # a module's own looks first whether this is a parameter or a module
