@@ -221,8 +221,8 @@ class OFTLayer(MergeableLayer):
 
     def generators_of(self, adapter_names: Sequence[str]) -> list[Tensor]:
         """The generators of adapters, in their order."""
-        generators: Any = self._modules["generators"]._parameters  # type: ignore[union-attr]
-        return [generators[name] for name in adapter_names]  # as self.generators[name], in a third of its time
+        generators = self.generators
+        return [getattr(generators, name) for name in adapter_names]  # as by [name], and quicker
 
     def _build(self, *, dropout: bool = False) -> Tensor:
         deltas = []
