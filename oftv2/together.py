@@ -19,7 +19,8 @@ from .checkpointing import in_checkpoint
 from .functional import can_be_direct
 from .rotation import KeptRotation
 
-# Generators that are transformed at once (2 threads, float32, b = 32, the 210 layers of SmolLM2-135M with 4680 blocks).
+# Generators that are transformed at once (2 threads, float32, b = 32, a step of 64 tokens of SmolLM2-135M, with 4680
+# blocks in 210 layers: 480 ms in parts of 130 to 530 blocks, 505 in parts of 35, 540 in one).
 _PACKED_ELEMENTS = 1 << 17
 _SERVED: WeakKeyDictionary[nn.Module, Sequence[OFTLayer]] = WeakKeyDictionary()  # the layers of passes under way
 
