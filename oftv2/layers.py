@@ -98,7 +98,8 @@ class OFTLinear(OFTLayer):
 
     def choose_form(self, x: Tensor) -> str:
         """The form of this call: the forced one, or the cheapest."""
-        if self.form is None and x.is_cpu and x.numel() <= self.out_features * x.shape[-1]:
+        plain_cpu = x.is_cpu and not F.runs_kernels(x.device)
+        if self.form is None and plain_cpu and x.numel() <= x.shape[-1] * self.out_features:
             return INPUT  # up to n tokens it always is, and for few, asking costs as much as what is chosen
         gradient = torch.is_grad_enabled()
         possible = self.forms(x.dtype, gradient=gradient)
