@@ -50,20 +50,26 @@ def hand_out(model: nn.Module, args: Any) -> None:
         return
     alike: dict[tuple[int, int, torch.dtype], list[tuple[OFTLayer, Tensor]]] = {}
     for module in model.modules():
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            return
-        if not isinstance(module, OFTLayer) or not module.rotating or _stands_apart(module):
-            continue
-        packed = module.changing_generators()
-        if packed is not None and can_be_direct(packed):
-            rotation = module.rotation
-            alike.setdefault((rotation.block_size, rotation.terms, packed.dtype), []).append((module, packed))
+        if not isinstance(module, OFTLayer):
+            if module.training and _checkpoints(module):
+                return
+        elif module.rotating and not _stands_apart(module):
+            packed = module.changing_generators()
+            if packed is not None and can_be_direct(packed):
+                rotation = module.rotation
+                alike.setdefault((rotation.block_size, rotation.terms, packed.dtype), []).append((module, packed))
     for (block_size, terms, _), found in alike.items():
         for part in _parts(found):
             deltas = Transform.apply(block_size, terms, *(packed for _, packed in part))
             for (layer, _), delta in zip(part, deltas, strict=True):
                 _hand(layer, KeptRotation(layer.generators_of(layer.sequence), delta))
     _SERVED[model] = [layer for found in alike.values() for layer, _ in found]
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a module of transformers' checkpoints; asked of each module of a model, so by no slow ``getattr``."""
+    of_class = getattr(type(module), "gradient_checkpointing", False)
+    return bool(vars(module).get("gradient_checkpointing", of_class))
 
 
 def _parts(layers: Sequence[tuple[OFTLayer, Tensor]]) -> Iterator[Sequence[tuple[OFTLayer, Tensor]]]:
