@@ -15,7 +15,7 @@ dtype of x, which other products and :func:`oftv2.kernels.nf4.dequantize_rotate`
 
 Memory binds neither. Counted in the machine code for sm_90, in nested storage and in units of the time that W's bytes
 take an H200: the tensor cores' kernel takes shared memory 4.6 (W and 16 tokens on their way into the product; 1.3 are
-look-ups) and the schedulers 2.6; the one of one token takes each 1.7. Two tokens in its way would take 2.1, four 3.2.
+look-ups) and the schedulers 2.6; the one of one token takes each 1.7. Two tokens in its way would take 2.1, four 3.3.
 """
 
 from __future__ import annotations
