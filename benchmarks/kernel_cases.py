@@ -259,7 +259,7 @@ def nf4_cases() -> Iterator[Case]:
         (FP32, 32, 1, True),
     ]:
         name = f"nf4 product {SHORT[dtype]} b={b} T={tokens}" + " nested" * double
-        yield Case(name, partial(matmul_4bit, dtype, b, tokens, double))
+        yield Case(name, partial(matmul_4bit, dtype, b, tokens, double), plain=("_matmul_one_token",))
 
 
 CASES = [*cayley_cases(), *rotate_cases(), *rows_cases(), *segments_cases(), *matmul_cases(), *nf4_cases()]

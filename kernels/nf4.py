@@ -29,7 +29,7 @@ _SHARE = 512
 
 
 @triton.jit
-def _lookup(table, index):
+def lookup(table, index):
     """``table[index]`` by way of shared memory; for 16 values that is 16 banks, where no thread waits for another."""
     return tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
 
@@ -46,21 +46,21 @@ def open_weight(weight, BLOCKSIZE2: tl.constexpr):
 
 
 @triton.jit
-def _scales(weight, index, inside, BLOCKSIZE2: tl.constexpr, ALIGNED: tl.constexpr):
+def scaling(weight, index, inside, BLOCKSIZE2: tl.constexpr, ALIGNED: tl.constexpr):
     """``absmax`` of some blocks, in float32."""
     if BLOCKSIZE2 == 0:
         return tl.load(weight[1] + index, mask=inside, other=0).to(tl.float32)
     else:  # looked up, and not loaded: a load of bytes on the way to a dot gives Triton wrong ideas of its layout
         if ALIGNED:  # a word of four, of which one is wanted: bytes would not be loaded ahead of their iteration
             word = tl.load(weight[1] + (index >> 2), mask=inside, other=0)
-            level = _lookup(weight[3], (word >> 8 * (index.to(tl.int32) & 3)) & 255)
+            level = lookup(weight[3], (word >> 8 * (index.to(tl.int32) & 3)) & 255)
         else:
-            level = _lookup(weight[3], tl.load(weight[1] + index, mask=inside, other=0).to(tl.int32))
+            level = lookup(weight[3], tl.load(weight[1] + index, mask=inside, other=0).to(tl.int32))
         return level * tl.load(weight[4] + index // BLOCKSIZE2, mask=inside, other=0.0) + weight[5]
 
 
 @triton.jit
-def _unpack(word):
+def unpack(word):
     """The eight nibbles of each little-endian word in order, within a thread's registers: ``[M, N]`` to ``[M, 8N]``."""
     even = tl.join(tl.join(word >> 4, word >> 20), tl.join(word >> 12, word >> 28))
     odd = tl.join(tl.join(word, word >> 16), tl.join(word >> 8, word >> 24))
@@ -93,19 +93,19 @@ def load_weight(
         word_exists, block_exists = exists, exists
         if not EVEN:
             word_exists, block_exists = exists & (words < pitch), exists & (blocks < d // BLOCKSIZE)
-        nibble = _unpack(tl.load(weight[0] + (row * pitch + words), mask=word_exists, other=0))
-        scale = _scales(weight, row * (d // BLOCKSIZE) + blocks, block_exists, BLOCKSIZE2, ALIGNED)  # [ROWS, BLOCKS]
+        nibble = unpack(tl.load(weight[0] + (row * pitch + words), mask=word_exists, other=0))
+        scale = scaling(weight, row * (d // BLOCKSIZE) + blocks, block_exists, BLOCKSIZE2, ALIGNED)  # [ROWS, BLOCKS]
         if BLOCKS == 1:
-            return (_lookup(weight[2], nibble) * scale).to(dtype)
+            return (lookup(weight[2], nibble) * scale).to(dtype)
         else:
-            value = tl.reshape(_lookup(weight[2], nibble), (ROWS, BLOCKS, BLOCKSIZE))
+            value = tl.reshape(lookup(weight[2], nibble), (ROWS, BLOCKS, BLOCKSIZE))
             return tl.reshape((value * scale[:, :, None]).to(dtype), (ROWS, COLUMNS))
     else:
         index = row * d + column[None, :]
         exists = exists & inside[None, :]
         byte = tl.load(weight[0] + (index >> 1), mask=exists, other=0).to(tl.int32)
         nibble = (byte >> (4 - 4 * (index & 1)).to(tl.int32)) & 15
-        return (_lookup(weight[2], nibble) * _scales(weight, index // BLOCKSIZE, exists, BLOCKSIZE2, ALIGNED)).to(dtype)
+        return (lookup(weight[2], nibble) * scaling(weight, index // BLOCKSIZE, exists, BLOCKSIZE2, ALIGNED)).to(dtype)
 
 
 @triton.jit

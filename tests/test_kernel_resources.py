@@ -190,7 +190,7 @@ import kernel_cases, kernel_resources
 names = [f"rotate {what} bf16 b=32" for what in ("forward", "backward", "rows forward", "rows gradient of Δ")]
 names += ["rotate segments gradient of Δ bf16 b=32", "rotate backward bf16 b=16", "rotate backward bf16 b=32 group=3"]
 names += ["rotate backward bf16 b=32 terms=4", "rotate backward bf16 b=32 without ∂x", "rotate_matmul bf16 b=32 T=64"]
-names += ["nf4 dequantize and rotate bf16 b=32 nested", "nf4 product bf16 b=32 T=1 nested"]
+names += ["nf4 dequantize and rotate bf16 b=32 nested", "nf4 product bf16 b=32 T=16 nested"]
 for case in kernel_cases.CASES:
     if case.name in names:
         for function, kernel in kernel_resources.compile_launches(case.launch, 90):

@@ -175,6 +175,23 @@ class TestMatmul:
         assert_close("plain", plain, x.double() @ W.mT, ROUNDING[dtype])
         assert torch.equal(weight.product(x, torch.zeros_like(delta)), plain)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @NESTED
+    @pytest.mark.parametrize(
+        ("n", "d", "blocksize"), [(11, 4096, 64), (8, 4160, 32), (4, 2048, 2048), (12, 64, 64)], ids=str
+    )
+    def test_one_token(self, kernel_device, n, d, blocksize, nested, dtype):
+        """Whole and partial steps along the inputs; W as it is stored, not rounded to 16 bits."""
+        weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
+        W = weight.dequantized(torch.float32).double()
+        x, bias = (torch.randn(size, device=kernel_device).to(dtype) for size in (d, n))
+        expected = x.double() @ W.mT + bias.double()
+        actual = weight.product(x, None, bias=bias)
+        assert actual.shape == (n,)
+        half_step = torch.finfo(dtype).eps / 2 * expected.abs()
+        assert ((actual.double() - expected).abs() <= 1.01 * half_step + 2e-6 * (x.double().abs() @ W.abs().mT)).all()
+        assert torch.equal(actual, weight.product(x, None, bias=bias))
+
     def test_any_layout_of_x(self, kernel_device):
         weight = Weight(kernel_device, 24, 128)
         delta = deltas(kernel_device, 128, 32)
