@@ -246,6 +246,15 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert all(tensor.abs().max() > 0 for tensor in saved.values())
 
 
+def test_asking_for_help_is_no_run(tmp_path: Path) -> None:
+    scripts = ["plain_loop.py", "sft_trl.py", "qoft_trainer.py"]
+    for script, process in [(script, start(script, "--help", cwd=tmp_path)) for script in scripts]:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert f"usage: {script}" in output
+    assert not list(tmp_path.iterdir())
+
+
 def test_sft_trl(tmp_path: Path, tiny_model: Path) -> None:
     output = run("sft_trl.py", tiny_model, cwd=tmp_path)
     assert "Is 101 even? Answer:" in output
