@@ -16,7 +16,7 @@ from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .merged_before import note_merged
 from .partitioned import full_shape, refuse_partitioned
-from .pretrained import forget_quantization
+from .pretrained import forget_quantization, read_from_gguf
 from .quant import QuantOFTLinear, find_backend
 from .sharding import check_unsharded
 from .state import find_state, get_state, oft_layers, plain_parameter
@@ -111,7 +111,7 @@ def merge(
     if unload and not isinstance(model, OFTLayer):
         note_merged(model, names)
         uninstall(model)
-        if quantized and not any(find_backend(module) for module in model.modules()):
+        if (quantized or read_from_gguf(model)) and not any(find_backend(module) for module in model.modules()):
             forget_quantization(model)
     return model
 
