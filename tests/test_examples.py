@@ -199,8 +199,9 @@ def test_no_question_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--steps", "0"], "0 is not above zero"),
         (["--block-size", "7"], "block_size"),
         (["--targets", "no_such_layer"], "no_such_layer"),
+        (["--out", "/dev/null"], "File exists"),
     ],
-    ids=["file", "task", "full-nf4", "steps", "block-size", "targets"],
+    ids=["file", "task", "full-nf4", "steps", "block-size", "targets", "out"],
 )
 def test_mistakes_are_told_without_a_traceback(
     tmp_path: Path,
