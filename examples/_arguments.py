@@ -1,4 +1,4 @@
-"""The command line of finetune.py."""
+"""The command lines of the examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from _data import DEFAULT_TASK
 from _methods import OFT, Full, LoRA
-from _model import SMOLLM2, default_cache
+from _model import SMOLLM2, ModelError, default_cache, smollm2_folder
 
 QUICK = {"steps": 10, "batch_size": 4, "held_out": 8}  # enough to see that everything runs
 
@@ -38,6 +38,16 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def parse_model(description: str) -> str | Path:
+    """The only argument of the short scripts: which model to train, a folder or a name on the hub."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help=f"a folder or a hub name (default: {SMOLLM2}, offline)")
+    try:
+        return parser.parse_args().model or smollm2_folder(default_cache())
+    except ModelError as error:
+        parser.error(str(error))
 
 
 def parse_arguments(description: str, argv: list[str] | None) -> argparse.Namespace:

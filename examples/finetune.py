@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         return run(args)
-    except (DataError, ModelError, AdapterError, ConfigError) as error:
+    except (DataError, ModelError, AdapterError, ConfigError, OSError) as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

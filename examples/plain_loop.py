@@ -4,12 +4,16 @@ A tiny Llama with random weights learns to count, so that this runs anywhere in 
 two lines that make it by ``AutoModelForCausalLM.from_pretrained(...)`` and the batches by your own.
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oftv2 import print_trainable_parameters, save_adapter, wrap_model
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("folder", nargs="?", default="counting-adapter", help="where the adapter goes (%(default)s)")
+arguments = parser.parse_args()
 
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=16, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
@@ -30,5 +34,5 @@ for step in range(1, 61):
     if step == 1 or step % 10 == 0:
         print(f"step {step:3d}  loss {loss.item():.3f}")
 
-folder = save_adapter(model, sys.argv[1] if len(sys.argv) > 1 else "counting-adapter")
+folder = save_adapter(model, arguments.folder)
 print(f"adapter saved in {folder}; load_adapter(base_model, {str(folder)!r}) puts it onto the base model again")

@@ -1,12 +1,7 @@
-"""QOFT: a 4-bit model finetuned by transformers' Trainer, which stays as it is. Under a minute on a CPU.
-
-python examples/qoft_trainer.py [MODEL]    a model's folder or name; by default SmolLM2-135M-Instruct
-"""
-
-import sys
+"""QOFT: a 4-bit model finetuned by transformers' Trainer, which stays as it is. Under a minute on a CPU."""
 
 import torch
-from _model import default_cache, smollm2_folder
+from _arguments import parse_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +14,7 @@ from transformers import (
 import oftv2
 from oftv2.callbacks import OFTCallback
 
-source = sys.argv[1] if len(sys.argv) > 1 else smollm2_folder(default_cache())
+source = parse_model(__doc__)
 tokenizer = AutoTokenizer.from_pretrained(source)
 rows = [tokenizer(f"Is {n} even? Answer: {'no' if n % 2 else 'yes'}") for n in range(64)]
 dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # CPUs are slow in bf16

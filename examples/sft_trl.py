@@ -1,18 +1,13 @@
-"""Supervised finetuning with TRL: an ordinary script, and one added line. Under a minute on a CPU.
+"""Supervised finetuning with TRL: an ordinary script, and one added line. Under a minute on a CPU."""
 
-python examples/sft_trl.py [MODEL]    a model's folder or name; by default SmolLM2-135M-Instruct
-"""
-
-import sys
-
-from _model import default_cache, smollm2_folder
+from _arguments import parse_model
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 import oftv2
 
-source = sys.argv[1] if len(sys.argv) > 1 else smollm2_folder(default_cache())
+source = parse_model(__doc__)
 rows = [{"prompt": f"Is {n} even? Answer:", "completion": " no" if n % 2 else " yes"} for n in range(64)]
 model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
 

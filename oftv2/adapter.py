@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .merged_before import note_merged
 from .partitioned import full_shape, refuse_partitioned
-from .pretrained import forget_quantization
+from .pretrained import forget_quantization, read_from_gguf
 from .quant import QuantOFTLinear, find_backend
 from .sharding import check_unsharded
 from .state import find_state, get_state, oft_layers, plain_parameter
@@ -28,10 +29,18 @@ from .wrap import uninstall
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context, ``model`` answers as its base model does, its fully trained parameters included.
 
+    It does so in every thread: requests that threads serve take turns.
+
     Raises:
-        AdapterError: the model is not wrapped, or its adapter is merged.
+        AdapterError: the model is not wrapped, its adapter is merged, or another thread is in such a context of it.
     """
-    state = get_state(model)
+    state, thread = get_state(model), threading.get_ident()
+    outer = state.disabled_by
+    if outer not in (None, thread):  # it would leave last, and restore the base model's state for good
+        raise AdapterError(
+            "another thread is within disable_adapter of this model: let them take turns (a threading.Lock around the "
+            "context)"
+        )
     refuse_partitioned(
         [(name, plain_parameter(model, name)) for adapter in state.sequence for name in state.trained[adapter]],
         "the base model's values cannot take its place; compare with a model in a process without ZeRO-3",
@@ -41,10 +50,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     enabled = [layer.enabled for layer in layers]
     with base_values(model):
         try:
+            state.disabled_by = thread
             for layer in layers:
                 layer.enabled = False
             yield model
         finally:
+            state.disabled_by = outer
             for layer, was in zip(layers, enabled, strict=True):
                 layer.enabled = was
 
@@ -111,7 +122,7 @@ def merge(
     if unload and not isinstance(model, OFTLayer):
         note_merged(model, names)
         uninstall(model)
-        if quantized and not any(find_backend(module) for module in model.modules()):
+        if (quantized or read_from_gguf(model)) and not any(find_backend(module) for module in model.modules()):
             forget_quantization(model)
     return model
 

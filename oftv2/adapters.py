@@ -17,7 +17,7 @@ from .pretrained import watch
 from .sharding import check_unsharded
 from .state import check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
 from .targets import Target, find_targets
-from .trained import check_together, exchange, forget, set_aside, set_trainable
+from .trained import check_here, check_together, exchange, forget, set_aside, set_trainable
 from .wrap import check_name, check_sizes, merged_config, put_on_targets, release, trained_names
 
 
@@ -50,6 +50,7 @@ def add_adapter(model: nn.Module, adapter_name: str, config: OFTConfig | None = 
         check_sizes(targets, config)
         check_gradients({target.name: target.module for target in targets if target.module not in adapted})
         trained = trained_names(model, config, targets)
+    check_here(model, trained)
     put(model, adapter_name, config, targets, trained)
     return model
 

@@ -33,7 +33,7 @@ from .reading import read_adapter
 from .sharding import check_unsharded
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
-from .trained import base_values
+from .trained import base_values, check_here
 from .wrap import check_model, install
 
 
@@ -186,6 +186,8 @@ def _check_fit(
 ) -> None:
     """Raises one AdapterError for all that keeps the adapter from fitting."""
     problems = check_tensors(adapter) + problems
+    if not problems:
+        check_here(model, adapter.trained)
     if check_base and not problems:
         sketched = {name: model.get_submodule(name) for name in adapter.base.get("sketches", {})}
         keep_sketches({name: getattr(module, "base_layer", module) for name, module in sketched.items()})

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from .adapter_file import write_atomically
@@ -240,6 +241,14 @@ def unpresent(model: nn.Module) -> None:
         unwatch_head(model)
         tags = [tag for tag in vars(model).get("model_tags") or () if tag not in TAGS]
         vars(model)["model_tags"] = tags or None
+
+
+def read_from_gguf(model: nn.Module) -> bool:
+    """Whether transformers read this model from GGUF to plain weights: it marks it as quantized, and saves none."""
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(settings, "quant_method", None) != "gguf":
+        return False
+    return all(tensor.dtype != torch.uint8 for tensor in (*model.parameters(), *model.buffers()))
 
 
 def forget_quantization(model: nn.Module) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,14 +47,16 @@ def adapters_per_row(
             ``repeat_interleave``: for models that make several rows of one, such as one for each image of a row.
 
     Yields:
-        nn.Module: the same object. Contexts may be nested; the inner one counts.
+        nn.Module: the same object. Contexts may be nested; the inner one counts. It holds in every thread: requests
+        that threads serve take turns, or share a batch.
 
     Raises:
         AdapterError: a model that is not wrapped, merged, or within ``disable_adapter``; unknown names; adapters (the
             active ones among them) with base parameters that they train in full, which rows cannot have each their
-            own of; layers that keep the batch in their second dimension. Within the context: an input with another
-            number of rows (experts that get some of the tokens; batches laid out flat), or a checkpoint that is not
-            transformers' own, whose recomputation could come after the context.
+            own of; layers that keep the batch in their second dimension; another thread that is in such a context of
+            this model. Within the context: an input with another number of rows (experts that get some of the tokens;
+            batches laid out flat), or a checkpoint that is not transformers' own, whose recomputation could come after
+            the context.
     """
     batch = _Batch(model, _checked(model, rows), repeated)
     with ExitStack() as stack:
@@ -71,6 +74,11 @@ def _checked(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> li
     """The adapters of each row, in order; AdapterError where they cannot be used row by row."""
     state = get_state(model)
     check_unmerged(model)
+    if any(layer.rows is not None and layer.rows.thread != threading.get_ident() for _, layer in oft_layers(model)):
+        raise AdapterError(
+            "another thread is within adapters_per_row of this model, and would go by these rows: let them take turns "
+            "(a threading.Lock around the context), or put the rows of both into one batch"
+        )
     if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows:
         raise AdapterError(f"adapters_per_row takes a sequence with an entry for each row, not {rows!r}")
     wrong = [entry for entry in rows if not (entry is None or isinstance(entry, (str, Sequence)))]
@@ -149,12 +157,14 @@ class LayerRows:
         places: for each row, which of them; −1 where the layer leaves it as it is.
         index: ``places`` as a tensor ``(B,)``. Compiled graphs depend on no more of the places than their number.
         repeats: how many times each row may be there.
+        thread: which one entered the context.
     """
 
     sequences: tuple[tuple[str, ...], ...]
     places: tuple[int, ...]
     index: Tensor
     repeats: Repeats
+    thread: int = field(default_factory=threading.get_ident)
 
     @classmethod
     def of(cls, layer: OFTLayer, rows: Sequence[tuple[str, ...]], device: torch.device, repeats: Repeats) -> LayerRows:

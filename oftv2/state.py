@@ -28,6 +28,7 @@ class AdapterState:
             names they have in the plain model, and the buffers of those modules (running statistics).
         originals: the values of all those in the base model, by name.
         aside: by inactive adapter, its own parameters in place of those; an active one's are in the model.
+        disabled_by: the thread that is within ``disable_adapter``.
         nested_encoders: paths of the ``nn.TransformerEncoder`` whose nested tensors are off while it is wrapped.
     """
 
@@ -37,6 +38,7 @@ class AdapterState:
     trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     aside: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    disabled_by: int | None = None
     nested_encoders: tuple[str, ...] = ()
 
     @property

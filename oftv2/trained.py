@@ -79,6 +79,18 @@ def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
         )
 
 
+def check_here(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises AdapterError where accelerate offloaded a parameter that is to train in full: what is written is lost."""
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return  # a model that is made on the meta device gets its values later
+    for name in names:
+        if plain_parameter(model, name).is_meta:
+            raise AdapterError(
+                f"{name} is offloaded, and an adapter that trains it in full (modules_to_save, bias) would lose its "
+                "values: give its module a device of its own in device_map, or load the base without offloading"
+            )
+
+
 def set_aside(model: nn.Module, adapter_name: str, names: Sequence[str]) -> None:
     """Gives a new, inactive adapter its own copies of the base model's parameters ``names``, frozen."""
     state = get_state(model)

@@ -34,7 +34,14 @@ from .state import (
 )
 from .targets import Target, find_targets, layer_class_for, saved_modules
 from .together import add_pass_hooks, remove_pass_hooks
-from .trained import add_state_hooks, remove_state_hooks, restore_originals, set_trainable, warn_of_statistics
+from .trained import (
+    add_state_hooks,
+    check_here,
+    remove_state_hooks,
+    restore_originals,
+    set_trainable,
+    warn_of_statistics,
+)
 
 
 def wrap_model(
@@ -77,6 +84,7 @@ def wrap_model(
     check_sizes(targets, config)
     check_gradients({target.name: target.module for target in targets})
     trained = trained_names(model, config, targets)
+    check_here(model, trained)
     if group_projections:
         check_groups(model)
     install(model, config, targets, adapter_name, trained=trained)

@@ -199,8 +199,9 @@ def test_no_question_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--steps", "0"], "0 is not above zero"),
         (["--block-size", "7"], "block_size"),
         (["--targets", "no_such_layer"], "no_such_layer"),
+        (["--out", "/dev/null"], "File exists"),
     ],
-    ids=["file", "task", "full-nf4", "steps", "block-size", "targets"],
+    ids=["file", "task", "full-nf4", "steps", "block-size", "targets", "out"],
 )
 def test_mistakes_are_told_without_a_traceback(
     tmp_path: Path,
@@ -244,6 +245,15 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert losses[-1] < 0.6 * losses[0]
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for tensor in saved.values())
+
+
+def test_asking_for_help_is_no_run(tmp_path: Path) -> None:
+    scripts = ["plain_loop.py", "sft_trl.py", "qoft_trainer.py"]
+    for script, process in [(script, start(script, "--help", cwd=tmp_path)) for script in scripts]:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert f"usage: {script}" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_sft_trl(tmp_path: Path, tiny_model: Path) -> None:

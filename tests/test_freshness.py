@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from conftest import randomize
-from oftv2 import OFTConfig, OFTEmbedding, OFTLinear, disable_adapter, reference, wrap_model
+from oftv2 import AdapterError, OFTConfig, OFTEmbedding, OFTLinear, disable_adapter, reference, wrap_model
 
 
 @pytest.fixture
@@ -169,6 +170,24 @@ def test_disable_ends_with_an_exception():
     with pytest.raises(KeyError), disable_adapter(model):
         raise KeyError
     assert torch.equal(model(X), rotated)
+
+
+def test_a_second_thread_does_not_disable_what_one_has_disabled():
+    """The one that leaves last would restore what it found: the base model, for good."""
+    model = wrap_model(nn.Sequential(nn.Linear(8, 8)), block_size=4)
+
+    def disabled() -> bool:
+        with disable_adapter(model):
+            return not model[0].enabled
+
+    with ThreadPoolExecutor(1) as other:
+        with disable_adapter(model):
+            with pytest.raises(AdapterError, match="another thread is within disable_adapter"):
+                other.submit(disabled).result()
+            assert disabled()
+            assert not model[0].enabled
+        assert model[0].enabled
+        assert other.submit(disabled).result()
 
 
 class TestDtypes:

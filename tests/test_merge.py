@@ -15,7 +15,20 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_close, randomize
-from oftv2 import AdapterError, OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, merge, unmerge, wrap_model
+from oftv2 import (
+    AdapterError,
+    OFTConfig,
+    OFTConv2d,
+    OFTEmbedding,
+    OFTLinear,
+    adapter_names,
+    add_adapter,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+    wrap_model,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYERS = {
@@ -82,6 +95,36 @@ def test_weights_that_are_offloaded_are_refused(tiny_llama, tmp_path):
     with pytest.raises(AdapterError, match=r"^model\.layers\.1\.self_attn\.q_proj: the weight is on the meta device"):
         merge(model)
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, OFTLinear))
+
+
+def test_what_trains_in_full_is_not_offloaded(tiny_llama, tmp_path):
+    """What is written to an offloaded weight would be lost, and the layer go on with the base model's."""
+    adapted = wrap_model(tiny_llama(), block_size=16, modules_to_save=["lm_head"])
+    save_adapter(adapted, tmp_path / "adapter")
+    model = dispatch_model(
+        tiny_llama().eval(), {"model": "cpu", "lm_head": "disk"}, main_device="cpu", offload_dir=tmp_path / "disk"
+    )
+    for act in (
+        lambda: wrap_model(model, block_size=16, modules_to_save=["lm_head"]),
+        lambda: load_adapter(model, tmp_path / "adapter"),
+        lambda: add_adapter(wrap_model(model, block_size=16), "head", block_size=16, modules_to_save=["lm_head"]),
+        lambda: load_adapter(model, tmp_path / "adapter", adapter_name="head"),
+    ):
+        with pytest.raises(AdapterError, match=r"^lm_head\.weight is offloaded, and an adapter that trains it in full"):
+            act()
+    assert adapter_names(model) == ["default"]
+
+
+def test_merged_models_that_were_read_from_gguf_are_saved_as_any(tiny_llama, tmp_path):
+    """transformers dequantizes them and marks them as quantized, and refuses to save them so."""
+    model = tiny_llama()
+    model.is_quantized, model.hf_quantizer = True, types.SimpleNamespace(is_serializable=lambda *_, **__: False)
+    model.config.quantization_config = types.SimpleNamespace(quant_method="gguf", to_dict=dict)
+    wrap_model(model, block_size=16)
+    randomize(model, 0.1)
+    merge(model).save_pretrained(tmp_path)
+    ids = torch.arange(10)[None]
+    assert torch.equal(type(model).from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_a_forward_that_was_replaced_is_refused_unless_it_is_the_layers_own():

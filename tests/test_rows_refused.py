@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,23 @@ class TestRefused:
         if active == "plain":
             with adapters_per_row(model, ["plain", None]):
                 model(torch.ones(2, 3, dtype=torch.long))
+
+    def test_a_second_thread(self, tiny_llama):
+        """It would answer the first one's request with its own rows, and leave rows behind."""
+        model = wrapped(tiny_llama())
+
+        def serve() -> str:
+            with adapters_per_row(model, ["chat"]):
+                return "served"
+
+        with ThreadPoolExecutor(1) as other:
+            with adapters_per_row(model, ["math"]):
+                rows = model.model.layers[0].self_attn.q_proj.rows
+                with pytest.raises(AdapterError, match="another thread is within adapters_per_row"):
+                    other.submit(serve).result()
+                assert model.model.layers[0].self_attn.q_proj.rows is rows
+            assert other.submit(serve).result() == "served"
+        assert model.model.layers[0].self_attn.q_proj.rows is None
 
     def test_changes_within(self, tiny_llama):
         model = wrapped(tiny_llama())
