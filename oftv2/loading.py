@@ -33,7 +33,7 @@ from .reading import read_adapter
 from .sharding import check_unsharded
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
-from .trained import base_values, check_here
+from .trained import base_values, check_here, set_trainable
 from .wrap import check_model, install
 
 
@@ -108,7 +108,7 @@ def load_adapter(
     _copy(model, adapter, adapter_name)
     if trainable is not None:
         for parameter in adapter_parameters(model, adapter_name):
-            parameter.requires_grad_(trainable)
+            set_trainable(parameter, trainable)
     if trainable:
         watch_optimizers(model)
     _warn_of_notes(adapter, folder)

@@ -56,6 +56,16 @@ def test_they_are_saved_and_loaded(tmp_path):
     assert_close("PEFT", answer(from_peft(plain(), tmp_path / "peft")), answer(trained), 1e-6)
 
 
+def test_training_goes_on_after_loading(tmp_path):
+    save_adapter(passed(wrap_model(plain(), **FIELDS)), tmp_path)
+    loaded = load_adapter(plain(), tmp_path, trainable=True)
+    assert not any(buffer.requires_grad for buffer in loaded.buffers())
+    passed(loaded)
+    loaded(torch.randn(16, 32)).square().sum().backward()
+    assert loaded[0].generators["default"].grad.any()
+    assert loaded[1].weight.grad.any()
+
+
 def test_those_of_pefts_files_are_loaded(tmp_path):
     theirs = peft.OFTConfig(oft_block_size=8, target_modules=["0"], modules_to_save=["1"])
     theirs = passed(peft.get_peft_model(plain(), theirs))
