@@ -84,12 +84,15 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
         Z ← c₍ₖ₊₁₎H₍ₖ₊₁₎;  for j = k … 1:  Z ← NZ + (−1)ʲ(NZ)ᵀ/j + cⱼHⱼ
 
     NZ moves the coefficients of ``NⁱHNˡ`` by one place, and 1/j of them in reverse evens them out: to 1 each at j = 1.
+    (NZ)ᵀ is made as ZᵀQ: on a CPU, transposing takes longer than such a product.
     """
     Q = _skew(generators, block_size)
-    Z = grad.sub(grad.mT, alpha=(-1) ** terms).mul_(0.5)
+    even = torch.lerp(grad, grad.mT, 0.5)
+    H = even, grad - even
+    Z = H[(terms + 1) % 2]
     for j in range(terms, 1, -1):
-        Y = torch.baddbmm(grad, Q, Z, alpha=-1)  # NZ + G
-        Z = Y.add(torch.lerp(grad, Y, 1 / j).mT, alpha=(-1) ** j)  # 2Hⱼ = G + (−1)ʲGᵀ
+        NZ = torch.baddbmm(H[j % 2], Q, Z, beta=2, alpha=-1)
+        Z = NZ.baddbmm_(Z.mT, Q, alpha=(-1) ** j / j)
     return _pack_skew_grad(torch.baddbmm(grad, Q, Z, alpha=-1)).mul_(2)
 
 
