@@ -75,7 +75,8 @@ def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
 
 @default("cayley_neumann_backward")
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
-    """``∂L/∂packed`` in k products, where reverse mode takes two for each of Δ's, and some of Δ's once more.
+    """``∂L/∂packed`` in a recursion of k steps, where reverse mode takes two products for each of Δ's, and some of Δ's
+    once more.
 
     ``∂L/∂Q = Σⱼ cⱼ Σᵢ NⁱGNʲ⁻¹⁻ⁱ`` with N = Qᵀ = −Q, j = 1 … k + 1, cⱼ = 2 but c₍ₖ₊₁₎ = 1. Only its skew part counts, to
     which the j-th term contributes through half of G alone, ``Hⱼ = (G + (−1)ʲGᵀ)/2``. Of that, the transpose of
@@ -83,17 +84,18 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
 
         Z ← c₍ₖ₊₁₎H₍ₖ₊₁₎;  for j = k … 1:  Z ← NZ + (−1)ʲ(NZ)ᵀ/j + cⱼHⱼ
 
-    NZ moves the coefficients of ``NⁱHNˡ`` by one place, and 1/j of them in reverse evens them out: to 1 each at j = 1.
-    (NZ)ᵀ is made as ZᵀQ: on a CPU, transposing takes longer than such a product.
+    NZ moves the coefficients of ``NⁱHNˡ`` by one place, and 1/j of them in reverse evens them out: to 1 each at j = 1,
+    where Z is skew. (NZ)ᵀ is made as ZᵀQ: on a CPU, transposing takes longer than such a product.
     """
     Q = _skew(generators, block_size)
     even = torch.lerp(grad, grad.mT, 0.5)
     H = even, grad - even
     Z = H[(terms + 1) % 2]
-    for j in range(terms, 1, -1):
+    for j in range(terms, 0, -1):
         NZ = torch.baddbmm(H[j % 2], Q, Z, beta=2, alpha=-1)
         Z = NZ.baddbmm_(Z.mT, Q, alpha=(-1) ** j / j)
-    return _pack_skew_grad(torch.baddbmm(grad, Q, Z, alpha=-1)).mul_(2)
+    upper, _ = _triangles(block_size, Z.device)
+    return _take(Z.flatten(1), upper).mul_(2)
 
 
 @default("cayley")
