@@ -149,6 +149,21 @@ def test_the_source_folder_in_place_of_the_installed_library_says_so(installed, 
     assert "pip install -e ." in done.stderr
 
 
+def test_a_package_named_kernels_is_found_in_the_checkout_too(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .layer import Mode\n")
+    (tmp_path / "kernels" / "layer.py").write_text("Mode = 'of the other package'\n")
+    program = "import kernels; from kernels.layer import Mode; print(Mode, kernels.Mode)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout == "of the other package of the other package\n", done.stderr
+    assert run(sys.executable, "-c", "import kernels; print(kernels.__file__)", cwd=ROOT).stdout == (
+        f"{ROOT / 'kernels' / '__init__.py'}\n"
+    )
+
+
 def test_an_installed_library_works(installed, tmp_path):
     done = python(USE, cwd=tmp_path, executable=installed[0])
     assert done.stdout == ""
