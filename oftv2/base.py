@@ -211,9 +211,10 @@ class OFTLayer(MergeableLayer):
         self, names: Sequence[str], build: Callable[..., Tensor], dtype: torch.dtype | None = None
     ) -> Tensor:
         """``build(dropout=…)``, made of the generators of ``names``, or what was kept of it; see :meth:`delta`."""
-        if self._changes(names):
+        generators = self.generators_of(names)
+        if self._changes(names, generators):
             return build(dropout=self.training)
-        kept, generators = self._cache, self.generators_of(names)
+        kept = self._cache
         if kept is None or not kept.is_of(generators):
             with torch.inference_mode(False), torch.no_grad():
                 self._cache = kept = KeptRotation(generators, build(dropout=False))
@@ -240,11 +241,10 @@ class OFTLayer(MergeableLayer):
             with torch.inference_mode(False), torch.no_grad():
                 self._cache.rewrite(self.generators_of(self.sequence), self._build())
 
-    def _changes(self, names: Sequence[str]) -> bool:
+    def _changes(self, names: Sequence[str], generators: Sequence[Tensor]) -> bool:
         """Whether Δ has to be built anew; drops the cache then."""
         if torch.compiler.is_compiling():
             return True
-        generators = self.generators_of(names)
         if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
             self._check_divergence(zip((self.rotations[name] for name in names), generators, strict=True), self.name)
             if self._cache is not None:
@@ -273,9 +273,10 @@ class OFTLayer(MergeableLayer):
         (name,) = self.sequence
         rotation = self.rotations[name]
         plain = rotation.parametrization == "cayley_neumann" and not (self.training and rotation.dropout)
-        if not (plain and self._changes(self.sequence)):
+        generators = self.generators_of(self.sequence)
+        if not (plain and self._changes(self.sequence, generators)):
             return None
-        packed = rotation.effective(getattr(self.generators, name))
+        packed = rotation.effective(generators[0])
         return packed.expand(rotation.num_blocks, -1) if rotation.block_share else packed
 
     # ------------------------------------------------------------------------------------------ module plumbing

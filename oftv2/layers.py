@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from ._ops import rotate_few
 from .base import OFTLayer
 from .cost_model import INPUT, WEIGHT, Problem, cheapest, machine
 from .merging import rotated
 from .partitioned import full_shape
+
+_FEW_TOKENS = 16  # generation: one for each row
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -60,10 +63,25 @@ class OFTLinear(OFTLayer):
             if rows is None:
                 return self.base_layer(x, *args, **kwargs)
             return self.call_base(rows.rotate(self, x), *args, **kwargs)
+        if not (args or kwargs) and (delta := self._kept_for_few(x)) is not None:
+            return self.base_layer(rotate_few(x, delta))
         form = INPUT if args or kwargs else self.choose_form(x)
         if form != INPUT:
             return self.call_in_form(form, x)
         return self.call_base(self.rotate(x), *args, **kwargs)
+
+    def _kept_for_few(self, x: Tensor) -> Tensor | None:
+        """Δ where it is kept and a few tokens generate on a CPU: asking for all that a call may be takes longer there
+        than rotating (one token, 1024 → 1024, caches cold: 0.23 ms over the frozen layer, and 0.14 in this way)."""
+        kept, d = self._cache, x.shape[-1]
+        if kept is None or self.form is not None or not x.is_cpu or x.numel() > _FEW_TOKENS * d:
+            return None
+        delta = kept.delta
+        if x.dtype != delta.dtype or d != delta.shape[0] * delta.shape[1] or F.runs_kernels(x.device):
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        return delta if kept.is_of(self.generators_of(self.sequence)) else None
 
     def call_in_form(self, form: str, x: Tensor) -> Tensor:
         """The layer's output in one of the forms that do not call the base layer."""

@@ -136,3 +136,30 @@ def test_layers_use_it_and_wrong_features_are_refused():
     assert type(layer(torch.randn(5, 24)).grad_fn).__name__ == "WeightFormBackward"
     with pytest.raises(RuntimeError, match="x has 16 features"):
         F.neumann_weight_form(torch.randn(5, 16), layer.generators["default"], layer.weight, None, 8)
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (24,), (1, 24), (2, 8, 24), (17, 24)], ids=str)
+def test_generating_takes_the_kept_rotation_as_long_as_it_holds(shape):
+    layer = OFTLinear(nn.Linear(24, 7), OFTConfig(block_size=8, init="normal")).eval()
+    x = torch.randn(shape)
+
+    def expected():
+        R = torch.block_diag(*(torch.eye(8) + layer.delta().detach()))
+        return nn.functional.linear(x @ R, layer.weight, layer.bias)
+
+    with torch.no_grad():
+        for _ in range(2):  # made, kept
+            assert_close("y", layer(x), expected(), 1e-5)
+        layer.generators["default"].mul_(-3)
+        assert_close("y of other generators", layer(x), expected(), 1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="x has 16 features"):
+            layer(torch.randn(1, 16))
+        layer.form = "fused"
+        with pytest.raises(ValueError, match="not possible here"):
+            layer(x)
+        layer.form, layer.enabled = None, False
+        assert torch.equal(layer(x), layer.base_layer(x))
+    layer.enabled = True
+    assert layer(x).requires_grad
