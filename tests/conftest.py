@@ -7,6 +7,7 @@ name, and the tests are to import what is installed, whatever the working direct
 from __future__ import annotations
 
 import logging
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,12 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, functions: dict[ModuleType, li
         for name in names:
             monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     return called
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, script: Path, *arguments: object) -> None:
+    """As ``python script`` runs it, but in this process, where torch is imported already."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def command_fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

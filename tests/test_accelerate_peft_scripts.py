@@ -45,18 +45,14 @@ print(json.dumps({
 sys.exit(3)
 """
 OURS, PEFTS = ["oftv2.peft_layers"], ["peft.tuners.oft.layer", "peft.tuners.oft.model"]
-RUN = [sys.executable, "-m", "oftv2", "run"]
 WAYS = {
-    "variable": ("import oftv2", {"OFTV2_ACCELERATE_PEFT": "1"}, [sys.executable], True),
-    "run": ("", {}, RUN, True),
-    "run, switched off": ("", {"OFTV2_ACCELERATE_PEFT": "0"}, RUN, False),
+    "variable": ("import oftv2", {"OFTV2_ACCELERATE_PEFT": "1"}, [sys.executable]),
+    "run": ("", {}, [sys.executable, "-m", "oftv2", "run"]),
 }
 
 
-@pytest.mark.parametrize(("first", "variables", "command", "faster"), WAYS.values(), ids=WAYS.keys())
-def test_script_runs_as_it_stands(
-    first: str, variables: dict[str, str], command: list[str], faster: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("first", "variables", "command"), WAYS.values(), ids=WAYS.keys())
+def test_script_runs_as_it_stands(first: str, variables: dict[str, str], command: list[str], tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "train.py").write_text(SCRIPT.replace("FIRST_IMPORT", first))
     environment = {name: value for name, value in os.environ.items() if name != "OFTV2_ACCELERATE_PEFT"}
@@ -75,12 +71,28 @@ def test_script_runs_as_it_stands(
     assert found["y"] == [3, 2]
     assert not found["early"]  # nobody but the script imports peft
     # the tuner keeps its class here: it is PEFT's method for making layers that is another
-    expected = [*OURS, PEFTS[1]] if faster else PEFTS
-    assert found["kinds"] == found["loaded"] == expected
+    assert found["kinds"] == found["loaded"] == [*OURS, PEFTS[1]]
     assert found["left"] == [PEFTS, PEFTS]  # a series that is the identity
     about = [text for text in found["warnings"] if "PEFT's own stays" in text]
-    assert len(about) == faster
-    assert all("0, and all like it: adapter 'default': num_cayley_neumann_terms=1" in text for text in about)
+    assert len(about) == 1
+    assert "0, and all like it: adapter 'default': num_cayley_neumann_terms=1" in about[0]
+
+
+def test_run_leaves_peft_alone_where_the_variable_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(OFTModel, "_create_and_replace", OFTModel._create_and_replace)  # put back afterwards
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OFTV2_ACCELERATE_PEFT", "0")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("FIRST_IMPORT", ""))
+    with pytest.raises(SystemExit):
+        main(["run", str(script), str(tmp_path / "adapter")])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["kinds"] == found["loaded"] == PEFTS
+    assert found["left"] == [PEFTS, PEFTS]
+    assert not [text for text in found["warnings"] if "PEFT's own stays" in text]
 
 
 def test_variable_with_peft_imported_already(monkeypatch: pytest.MonkeyPatch) -> None:

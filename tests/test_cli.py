@@ -68,16 +68,21 @@ def test_help_has_examples(command, capsys):
     assert f"examples:\n  python -m oftv2 {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("arguments", "code", "words"), [(["--help"], 0, "inspect"), ([], 2, "usage")])
+def test_how_it_is_used(arguments, code, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == code
+    captured = capsys.readouterr()
+    assert words in captured.out + captured.err
+
+
 def test_the_command_line_itself(tmp_path):
-    for arguments, code, words in (
-        (["--help"], 0, "inspect"),
-        ([], 2, "usage"),
-        (["inspect", str(tmp_path)], 1, "error: "),
-    ):
-        done = subprocess.run([sys.executable, "-m", "oftv2", *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == code
-        assert words in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    command = [sys.executable, "-m", "oftv2", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_closed_pipe_ends_it_without_a_word(tmp_path):

@@ -4,8 +4,6 @@ benchmarks/README.md say was measured is what the committed results say."""
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import plots
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 README = (ROOT / "README.md").read_text()
 MEASUREMENTS = (ROOT / "benchmarks" / "README.md").read_text()
@@ -52,9 +50,9 @@ def test_python_blocks(offline, capsys):
     assert type(names["peft_model"].base_model).__module__ == "oftv2.peft_layers"
 
 
-def test_what_was_measured_is_what_the_committed_results_say():
-    command = [sys.executable, str(ROOT / "benchmarks" / "report.py")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_what_was_measured_is_what_the_committed_results_say(monkeypatch, capsys):
+    run_script(monkeypatch, ROOT / "benchmarks" / "report.py")
+    printed = capsys.readouterr().out
     summary, *tables = (match[0] for match in re.finditer(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", printed, re.S))
     assert summary in README, "python benchmarks/report.py --write"
     assert len(tables) == 2

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import requantization
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 
 @pytest.fixture
@@ -55,11 +52,7 @@ def test_table(weights, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nf4, quantized base (quantized as it is: 0.00%), random update of 10.0%" in capsys.readouterr().out
 
 
-def test_options_are_explained() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "requantization.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "straddle" in done.stdout
+def test_options_are_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, ROOT / "benchmarks" / "requantization.py", "--help")
+    assert "straddle" in capsys.readouterr().out

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 import kernel_costs
-from conftest import ROOT
+from conftest import ROOT, run_script
 from kernel_costs import Cost, Machine
 
 # T = 8 tokens, d = 64 inputs, n = 128 outputs, b = 16: r = 4 blocks. By hand, in elements:
@@ -81,21 +78,26 @@ def test_the_bound_is_the_larger_of_the_two_times():
     assert kernel_costs.microseconds([Cost(3, 2000), Cost(3, 5000)], machine) == pytest.approx(8)
 
 
-def run_tool(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "roofline.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    def run(*arguments):
+        run_script(monkeypatch, ROOT / "benchmarks" / "roofline.py", *arguments)
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_committed_table_is_what_the_formulas_give(tmp_path):
-    assert run_tool("--out", tmp_path / "roofline.csv").returncode == 0
+def test_committed_table_is_what_the_formulas_give(run_tool, tmp_path):
+    run_tool("--out", tmp_path / "roofline.csv")
     committed = ROOT / "benchmarks" / "results" / "roofline.csv"
     again = f"python benchmarks/roofline.py --out {committed.relative_to(ROOT)}"
     assert (tmp_path / "roofline.csv").read_text() == committed.read_text(), again
 
 
-def test_markdown():
-    lines = run_tool("--markdown", "--only", "Llama-3-8B q, o .* 8192 rotate forward").stdout.splitlines()
+def test_markdown(run_tool):
+    lines = run_tool("--markdown", "--only", "Llama-3-8B q, o .* 8192 rotate forward").splitlines()
     assert lines[0].startswith("| model | projection | tokens | kernel | bytes | flops | us H200 | over frozen H200 |")
     assert lines[2].startswith("| Llama-3-8B | q, o 4096→4096 | 8192 | rotate forward | 134.7 MB | 2.147 G | 28.07 |")
     assert len(lines) == 3
-    assert "matches no row" in run_tool("--only", "nothing").stderr
+    with pytest.raises(SystemExit, match="matches no row"):
+        run_tool("--only", "nothing")
