@@ -7,6 +7,7 @@ weight. The products with ones and zeros are exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,11 +41,22 @@ def torchao_config(name: str, **fields: object) -> Callable[[], object]:
     return config
 
 
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+def quanto_library() -> ModuleType:
+    """optimum-quanto, without the minute in which it compiles C++ for one operator at its first use."""
+    from optimum import quanto
+    from optimum.quanto.library.extensions import get_extension
+
+    get_extension("quanto_cpp")._lib = SimpleNamespace(unpack=unpacked)
+    return quanto
+
+
 def quanto(qtype: str) -> Callable[[nn.Linear], nn.Module]:
     def make(plain: nn.Linear) -> nn.Module:
-        from optimum import quanto as library
-
-        model = nn.Sequential(plain)
+        library, model = quanto_library(), nn.Sequential(plain)
         library.quantize(model, weights=getattr(library, qtype))
         library.freeze(model)
         return model[0]

@@ -38,6 +38,7 @@ from other_backends import (
     dense,
     each_maker,
     quantized,
+    quanto_library,
     rotation_of,
     stored,
     weight_of,
@@ -204,10 +205,9 @@ class TestLlama:
     @pytest.mark.parametrize("library", ["torchao", "quanto"])
     def test_a_whole_language_model(self, library: str, tiny_llama) -> None:
         """Every layer but the head is quantized with the library's own function and adapted by default."""
-        from optimum import quanto
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        model = tiny_llama()
+        quanto, model = quanto_library(), tiny_llama()
         if library == "torchao":
             quantize_(model, Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "lm_head" not in name)
         else:

@@ -12,6 +12,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig, Trainer
 
 from oftv2 import load_adapter, wrap_model
+from other_backends import quanto_library
 from trainer_runs import IDS, ROWS, arguments
 
 QUANTIZATIONS = {
@@ -22,7 +23,7 @@ QUANTIZATIONS = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao-int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
     "quanto-int8": lambda: QuantoConfig(weights="int8"),
-    "quanto-int4": lambda: QuantoConfig(weights="int4"),
+    "quanto-int4": lambda: (quanto_library(), QuantoConfig(weights="int4"))[1],
 }
 
 
