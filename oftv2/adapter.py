@@ -99,8 +99,8 @@ def merge(
     quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
     if requantize and not quantized:
         raise AdapterError("requantize=True, and no adapted layer of this model is quantized")
-    if dtype is not None and not dtype.is_floating_point:
-        raise AdapterError(f"dtype={dtype} is not allowed: use a floating-point dtype")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise AdapterError(f"dtype={dtype!r} is not allowed: use a floating-point dtype, such as torch.bfloat16")
     dtype = dtype or _model_dtype(model)
     tied = _tied_weights(model)
     if unload:
