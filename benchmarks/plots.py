@@ -153,7 +153,7 @@ def memory_of_sizes() -> Picture:
     ratios = {m: over(m, "frozen") for m in ("oftv1", "dora", "peft-oft", "lora", "oft")}
     ratios |= {m: over(m, "frozen-nf4") for m in ("qlora", "qoft")}
     return [
-        Panel(f"A step of {step}, checkpointing (predicted)", x, "memory, GiB", whole, x_base=10, log_y=True),
+        Panel(f"{step}, checkpointing (predicted)", x, "memory, GiB", whole, x_base=10, log_y=True),
         Panel(f"{step}, no checkpointing (predicted)", x, "memory over the frozen model's", ratios, x_base=10),
     ]
 
@@ -245,9 +245,9 @@ def draw(path: Path, picture: Picture) -> None:
                 "marker": MARKERS.get(size, "o"),
                 "markersize": 3 if panel.joined else 5,
                 "linewidth": 2.2 if thick else 1.2,
-                "zorder": 2.1 if thick else 2.2,  # what is of the same height stays in sight
+                "zorder": 2.1 if thick else 2.3 if kind == "peft" else 2.2,  # what is of the same height stays in sight
             }
-            dashed = "--" if kind.startswith(("q", "peft-q")) or name.endswith("scaled") else "-"
+            dashed = ":" if kind == "peft" else "--" if kind.startswith("q") or name.endswith("scaled") else "-"
             style["linestyle"] = dashed if panel.joined else "none"
             style["markerfacecolor"] = FACES.get(base)
             xs, ys = zip(*points, strict=True)
