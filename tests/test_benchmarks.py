@@ -258,7 +258,7 @@ def test_experts_beside_peft(tmp_path) -> None:
 
 def test_where_results_cannot_be_written_nothing_is_measured(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "layer", "--quick", "--out", "/dev/null/results"])
-    with pytest.raises(SystemExit, match="error: no results can be written: .*name another folder with --out"):
+    with pytest.raises(SystemExit, match=r"error: no results can be written: .*name another folder with --out"):
         run.main()
 
 
