@@ -30,16 +30,22 @@ COLOURS = {
     **{"oft": "#0b6e99", "qoft": "#0b6e99", "oft-input": "#7fb8d0", "oft-weight": "#04364d"},
     **{"lora": "#d9730d", "qlora": "#d9730d", "dora": "#e8b04a", "peft-oft": "#6940a5", "peft-qoft": "#6940a5"},
     **{"oftv1": "#a8312f", "full": "#4d4d4b", "frozen": "#9a9a97", "frozen-nf4": "#9a9a97"},
+    **{"b = 16": "#7fb8d0", "b = 32": "#0b6e99", "b = 64": "#04364d"},
 }
 LABELS = {
     **{"oft": "OFT", "qoft": "QOFT", "oft-input": "OFT, input form", "oft-weight": "OFT, weight form"},
     **{"lora": "LoRA", "qlora": "QLoRA", "dora": "DoRA", "peft-oft": "PEFT's OFT", "peft-qoft": "PEFT's QOFT"},
     **{"oftv1": "original OFT", "full": "all weights", "frozen": "frozen", "frozen-nf4": "frozen, NF4"},
 }
-# Of loose points: sizes of an adapter, and how far other bases stand aside, of as many parameters.
-MARKERS = {"oft-16": "v", "oft-64": "^", "lora-4": "v", "lora-8": "s", "full": "D"}
+# Methods are told apart by more than their colours; of loose points, sizes of an adapter too.
+MARKERS = {
+    **{"lora": "s", "qlora": "s", "dora": "P", "peft-oft": "^", "oftv1": "v", "full": "D"},
+    **{"oft-16": "v", "oft-64": "^", "lora-4": "v", "lora-8": "s"},
+}
+# How far loose points of other bases stand aside, of as many parameters.
 ASIDE = {"nf4": 1.08, "bfloat16": 1.16}
 FACES = {"nf4": "white", "bfloat16": "lightgrey"}
+TIME = "time over the frozen layer's"
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -74,7 +80,7 @@ def digest(picture: Picture) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def sweep(rows: list[Row], over: str, methods: tuple[str, ...]) -> dict[str, Points]:
+def sweep(title: str, rows: list[Row], over: str, methods: tuple[str, ...]) -> Panel:
     """Time over the frozen layer's, by method, along one column; everything else as in most of the rows."""
     rows = [row for row in rows if row["mode"] == "forward + backward" and row["base"] != "NF4" and "ms" in row]
     rows = [row for row in rows if row["in"] == row["out"]]
@@ -83,29 +89,33 @@ def sweep(rows: list[Row], over: str, methods: tuple[str, ...]) -> dict[str, Poi
         if column != over and rows:
             fixed[column] = Counter(row[column] for row in rows).most_common(1)[0][0]
     chosen = [row for row in rows if all(row[column] == value for column, value in fixed.items())]
-    return {
+    said = {"in": "{0} → {0}", "tokens": "{} tokens", "block_size": "b = {}"}
+    where = ", ".join(said[column].format(value) for column, value in fixed.items())
+    lines = {
         method: sorted((row[over], row["over_frozen"]) for row in chosen if row["method"] == method)
         for method in methods
         if any(row["method"] == method for row in chosen)
     }
+    x = {"in": "inputs = outputs", "tokens": "tokens", "block_size": "block size b"}[over]
+    return Panel(f"{title}: {where}", x, TIME, lines, log_y=True)
 
 
 def layers(place: str) -> Picture:
     """One layer over its peers' and over its own two forms; what was measured at one value only has no curve."""
     rows = load(f"layer-{place}")
-    y, peers = "time over the frozen layer's", ("oft", "lora", "dora", "peft-oft", "oftv1", "full")
+    peers: tuple[str, ...] = ("oft", "lora", "dora", "peft-oft", "oftv1", "full")
     curves = [
-        Panel("Tokens", "tokens", y, sweep(rows, "tokens", peers), log_y=True),
-        Panel("Width", "inputs = outputs", y, sweep(rows, "in", peers), log_y=True),
-        Panel("Block size", "block size b", y, sweep(rows, "block_size", ("oft", "peft-oft", "oftv1")), log_y=True),
-        Panel("The two forms", "tokens", y, sweep(rows, "tokens", ("oft-input", "oft-weight", "oft")), log_y=True),
+        sweep("Tokens", rows, "tokens", peers),
+        sweep("Width", rows, "in", peers),
+        sweep("Block size", rows, "block_size", ("oft", "peft-oft", "oftv1")),
+        sweep("The two forms", rows, "tokens", ("oft-input", "oft-weight", "oft")),
     ]
     curves = [panel for panel in curves if any(len(points) > 1 for points in panel.lines.values())]
     peers = tuple(method for method in peers if method != "oftv1")  # several times as slow: the curves show it
-    return [shapes(rows, y, peers), *curves]
+    return [shapes(rows, peers), *curves]
 
 
-def shapes(rows: list[Row], y: str, methods: tuple[str, ...]) -> Panel:
+def shapes(rows: list[Row], methods: tuple[str, ...]) -> Panel:
     """Time over the frozen layer's for the shapes that come first in the suite, before its sweeps."""
     chosen = [row for row in rows if row["mode"] == "forward + backward" and row["base"] != "NF4" and "ms" in row]
     chosen = [row for row in chosen if row["block_size"] == 32 and row["method"] in methods]
@@ -116,7 +126,7 @@ def shapes(rows: list[Row], y: str, methods: tuple[str, ...]) -> Panel:
             continue
         lines.setdefault(row["method"], []).append((keys.index(key), row["over_frozen"]))
     names = tuple(f"{tokens} tokens\n{wide} → {out}" for tokens, wide, out in keys)
-    return Panel("Forward and backward", "", y, lines, joined=False, ticks=names)
+    return Panel("Forward and backward: b = 32", "", TIME, lines, joined=False, ticks=names)
 
 
 def memory_of_sizes() -> Picture:
@@ -143,8 +153,8 @@ def memory_of_sizes() -> Picture:
     ratios = {m: over(m, "frozen") for m in ("oftv1", "dora", "peft-oft", "lora", "oft")}
     ratios |= {m: over(m, "frozen-nf4") for m in ("qlora", "qoft")}
     return [
-        Panel(f"A step of {step}, checkpointing (predicted)", x, "GiB", whole, x_base=10, log_y=True),
-        Panel(f"{step}, no checkpointing (predicted)", x, "over the frozen model's", ratios, x_base=10),
+        Panel(f"{step}, checkpointing (predicted)", x, "memory, GiB", whole, x_base=10, log_y=True),
+        Panel(f"{step}, no checkpointing (predicted)", x, "memory over the frozen model's", ratios, x_base=10),
     ]
 
 
@@ -188,7 +198,7 @@ def ablations() -> Picture:
     series = {"oft": terms} if terms else {}
     picture.append(Panel("Neumann terms", "terms k", "‖RᵀR − I‖, worst layer", series, 0, True))
     scaled = {name: sorted(points) for name, points in rates.items()}
-    picture.append(Panel("Generators, and scaled ones", "learning rate", answers, scaled, 10))
+    picture.append(Panel("Plain and scaled generators", "learning rate", answers, scaled, 10))
     return [panel for panel in picture if panel.lines]
 
 
@@ -227,21 +237,24 @@ def draw(path: Path, picture: Picture) -> None:
     loose: dict[str, Any] = {}  # of the panels whose points have no legend of their own
     for ax, panel in zip(axes.flat, picture, strict=False):
         alone = not panel.joined and not panel.ticks and all(len(points) == 1 for points in panel.lines.values())
-        for name, points in panel.lines.items():
-            kind = re.split(r"[-/]", name)[0]
+        for i, (name, points) in enumerate(panel.lines.items()):
+            kind = re.split(r"[-/]|, ", name)[0]
+            size, _, base = name.partition("/")
+            thick = kind in ("oft", "qoft")
             style = {
-                "marker": "o",
+                "marker": MARKERS.get(size, "o"),
                 "markersize": 3 if panel.joined else 5,
-                "linewidth": 2.2 if kind in ("oft", "qoft") else 1.2,
+                "linewidth": 2.2 if thick else 1.2,
+                "zorder": 2.1 if thick else 2.3 if kind == "peft" else 2.2,  # what is of the same height stays in sight
             }
-            dashed = "--" if kind.startswith(("q", "peft-q")) or name.endswith("scaled") else "-"
+            dashed = ":" if kind == "peft" else "--" if kind.startswith("q") or name.endswith("scaled") else "-"
             style["linestyle"] = dashed if panel.joined else "none"
-            style["markerfacecolor"] = FACES.get(name.partition("/")[2])
+            style["markerfacecolor"] = FACES.get(base)
             xs, ys = zip(*points, strict=True)
-            if alone:
-                size, _, base = name.partition("/")
-                style["marker"] = MARKERS.get(size, "o")
-                xs = tuple(x * ASIDE.get(base, 1) for x in xs) if panel.x_base else xs
+            if panel.ticks:  # side by side
+                xs = tuple(x + 0.12 * (i - (len(panel.lines) - 1) / 2) for x in xs)
+            if alone and panel.x_base:
+                xs = tuple(x * ASIDE.get(base, 1) for x in xs)
             bars, colour = panel.spread.get(name), COLOURS.get(name, COLOURS.get(kind))
             drawn = ax.errorbar(xs, ys, yerr=bars, elinewidth=0.8, label=label(name), color=colour, **style)
             if alone:
@@ -252,6 +265,8 @@ def draw(path: Path, picture: Picture) -> None:
             ax.set_ylim(bottom=1)
         elif panel.x_base:
             ax.set_xscale("log", base=panel.x_base)
+            if panel.x_base == 2:
+                ax.xaxis.set_major_formatter("{x:g}")
         if panel.log_y:
             ax.set_yscale("log")
             span = ax.get_ylim()[1] / ax.get_ylim()[0]
@@ -259,6 +274,9 @@ def draw(path: Path, picture: Picture) -> None:
             ax.yaxis.set_major_locator(LogLocator(subs=subs))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(NullLocator())
+        if "%" in panel.y:  # intervals may go beyond
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, 0), min(high, 100))
         if not alone:
             ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         ax.spines[["top", "right"]].set_visible(False)

@@ -82,8 +82,9 @@ def answer(rows: list[Row], method: str, column: str) -> str:
     if column not in row:
         return NOTHING
     low, high = row.get(f"{column}_q1", row[column] - 0.02), row.get(f"{column}_q3", row[column] + 0.02)
-    word = "less" if high < 1 else "more" if low > 1 else "equal"
-    return f"{word}: {row[column]:.2f}"
+    ratio = f"{row[column]:.2f}"
+    word = "equal" if ratio == "1.00" else "less" if high < 1 else "more" if low > 1 else "equal"
+    return f"{word}: {ratio}"
 
 
 def picture(name: str, text: str) -> str:
@@ -112,7 +113,8 @@ def summary() -> str:
     lines.append(["parameters that train", *(sizes(steps, *pair) for pair in compared)])
     lines += [[question, *(over_all(groups, *pair) for pair in compared)] for question, groups in figures]
     study = Results(read(STUDY))
-    for question, figure in (("loss on held-out answers", loss), ("perplexity of unrelated prose", prose)):
+    learned, forgotten = "loss on held-out answers", "perplexity of unrelated prose (lower: less forgotten)"
+    for question, figure in ((learned, loss), (forgotten, prose)):
         lines.append([question, *(by_task(study, *pair, figure) for pair in PAIRS[:2]), "the same function"])
     return markdown(lines) + "\n"
 
@@ -130,7 +132,7 @@ def over_all(groups: list[list[Row]], method: str, column: str) -> str:
         return NOTHING
     ratios = sorted({ratio for _, ratio in found})
     words = [word for word in ("less", "equal", "more") if word in {word for word, _ in found}]
-    stated = "less to more" if len({"less", "more"}.intersection(words)) == 2 else " or ".join(words)
+    stated = "less or more" if len({"less", "more"}.intersection(words)) == 2 else " or ".join(words)
     return f"{stated}: {ratios[0]}" + (f" to {ratios[-1]}" if len(ratios) > 1 else "")
 
 
@@ -148,7 +150,7 @@ def section() -> str:
     timed = [*layer, *step, *(row for suite in ("decode", "merge", "wrap") for row in load(f"{suite}-cpu"))]
     busiest = max(row.get("others_cpu", 0.0) for row in timed)
     return f"""**Against LoRA and QLoRA**: SmolLM2-135M on two cores. Less is better, and "equal" is where the quartiles
-straddle 1:
+straddle 1, or the ratio is 1.00:
 
 {answers("cpu")}
 

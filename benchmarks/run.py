@@ -22,6 +22,7 @@ import importlib
 import itertools
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -180,13 +181,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    folder: Path = args.out or (QUICK if args.quick else RESULTS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"run.py: error: no results can be written: {error}; name another folder with --out") from None
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         keep_freed_memory()
     about = environment(device)
     place = "cpu" if device.type == "cpu" else about["device"].lower().replace(" ", "-")
     for suite in args.suites or SUITES:
-        results = Results((args.out or (QUICK if args.quick else RESULTS)) / f"{suite}-{place}")
+        results = Results(folder / f"{suite}-{place}")
         methods = tuple(args.methods) if args.methods else None
         options = Options(
             device=device,

@@ -35,7 +35,8 @@ def overview(path: Path) -> str:
     done, runs = {row["key"] for row in results.rows}, plan(results.rows)
     parts = [
         f"{sum(run.key in done for run in runs)} of {len(runs)} runs are done. What was hoped for, and what they say "
-        "of it where an interval over seeds excludes zero:",
+        "of it where an interval over seeds excludes zero (as good: by the loss of held-out answers; forgets: by the "
+        "perplexity of unrelated prose):",
         "\n".join(verdicts(results)),
         "Held-out answers exactly right, %; of the corpus, the perplexity of a play that was not trained on:",
         task_columns(results, quality),

@@ -116,8 +116,7 @@ def parse_arguments(description: str, argv: list[str] | None) -> argparse.Namesp
     where.add_argument(
         "--cache",
         type=Path,
-        default=default_cache(),
-        help="folder for the converted default model ($OFTV2_CACHE, or %(default)s)",
+        help="folder for the converted default model ($OFTV2_CACHE, or oftv2 in $XDG_CACHE_HOME or ~/.cache)",
     )
     where.add_argument("--quick", action="store_true", help="a few steps and questions, to see that it all runs")
     args = parser.parse_args(argv)
@@ -134,8 +133,7 @@ def parse_arguments(description: str, argv: list[str] | None) -> argparse.Namesp
         args.steps = 200
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        parser.error(f"--device {args.device}: {error}")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: this PyTorch sees no GPU")
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: this PyTorch cannot use it: {str(error).splitlines()[0]}")
     return args

@@ -61,16 +61,17 @@ def read_jsonl(path: Path) -> Iterator[Example]:
     """Reads one JSON object a line; blank lines are skipped, anything else wrong is an error with its line number."""
     if not path.is_file():
         raise DataError(f"--data {path}: no such file")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON ({error})") from None
-            yield _example(row, where)
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig"))  # the mark that Windows puts in front of a file is none of it
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not in UTF-8 ({error}); convert the file") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not valid JSON ({error})") from None
+        yield _example(row, where)
 
 
 def read_dataset(name: str) -> Iterator[Example]:

@@ -24,7 +24,10 @@ def default_cache() -> Path:
     own, shared = os.environ.get("OFTV2_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    return (Path(shared) if shared else Path.home() / ".cache") / "oftv2"
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "oftv2"
+    except RuntimeError:  # a user without an entry, as in containers
+        raise ModelError("no home folder is known to keep the converted model in: set OFTV2_CACHE to one") from None
 
 
 def smollm2_folder(cache: Path) -> Path:
@@ -45,18 +48,22 @@ def smollm2_folder(cache: Path) -> Path:
     gguf = next((Path(str(package.locate_file(f))) for f in package.files or () if f.suffix == ".gguf"), None)
     if gguf is None or not gguf.is_file():
         raise ModelError(f"no GGUF file in {PACKAGE} {package.version}; name a model with --model")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.TemporaryDirectory(dir=cache, prefix=".converting-")
+    except OSError as error:
+        raise ModelError(f"{error}: set OFTV2_CACHE to a folder that the converted model can be kept in") from error
     print(f"Converting {SMOLLM2} into {folder}: about half a minute, this once.", flush=True)
     start = time.perf_counter()
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers marks a model read from GGUF as quantized and refuses to train or save it, although its weights
-    # are plain float32 by now. A fresh model without the mark takes them over.
-    config = source.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(source.state_dict())
-    model.generation_config = source.generation_config
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as temporary:
+    with unfinished as temporary:
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # transformers marks a model read from GGUF as quantized and refuses to train or save it, although its weights
+        # are plain float32 by now. A fresh model without the mark takes them over.
+        config = source.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(source.state_dict())
+        model.generation_config = source.generation_config
         complete = Path(temporary) / SMOLLM2
         model.save_pretrained(complete)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(complete)

@@ -60,7 +60,8 @@ def training_figures(record: Training) -> dict[str, Any]:
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Writes the whole report, or leaves the old file: never half of it."""
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be text
     temporary.replace(path)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,10 @@ from _arguments import parse_arguments
 from _data import TASK_CONFIG, DataError, Example, Prompts, generate, read_dataset, read_jsonl, split
 from _evaluate import accuracy, next_token_logits, perplexity, replies
 from _methods import OFT, Full, LoRA, Method
-from _model import SMOLLM2, ModelError, load_base, load_tokenizer, smollm2_folder
+from _model import SMOLLM2, ModelError, default_cache, load_base, load_tokenizer, smollm2_folder
 from _report import environment, plot, table, training_figures, write_json
 from _train import train
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from oftv2 import AdapterError, diagnostics
@@ -146,7 +148,7 @@ def finetune(
 def run(args: argparse.Namespace) -> int:
     """Everything from the data to the report; returns the exit status."""
     chosen = methods(args)
-    source = args.model or smollm2_folder(args.cache)
+    source = args.model or smollm2_folder(args.cache or default_cache())
     training, held_out, name = load_data(args)
     prompts = Prompts(load_tokenizer(source), args.prompt)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -194,12 +196,14 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; errors that a user can mend are told without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark
+        sys.stdout.reconfigure(errors="replace")
     args = parse_arguments(__doc__ or "", argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         return run(args)
-    except (DataError, ModelError, AdapterError, ConfigError, OSError) as error:
+    except (DataError, ModelError, AdapterError, ConfigError, SafetensorError, OSError) as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import runpy
 import sys
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command is _run:
         return _run(options)  # warnings and errors are the script's own
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that lacks a letter shows a question mark
+        sys.stdout.reconfigure(errors="replace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import activate, check_not_by_row, check_sequence
+from .adapters import activate, check_changeable, check_sequence
 from .base import OFTLayer
 from .errors import AdapterError, RequantizationWarning
 from .merged_before import note_merged
@@ -91,16 +91,16 @@ def merge(
         nn.Module: the same object.
 
     Raises:
-        AdapterError: not wrapped, already merged, names that :func:`oftv2.set_adapter` refuses, generators with NaN or
-            Inf, a weight that cannot be read, or one that is tied in an encoder-decoder, whose outputs depend on its
-            being tied; nothing is changed then.
+        AdapterError: not wrapped, already merged, or within ``disable_adapter``; names that :func:`oftv2.set_adapter`
+            refuses, generators with NaN or Inf, a weight that cannot be read, or one that is tied in an
+            encoder-decoder, whose outputs depend on its being tied. Nothing is changed then.
     """
     names, layers = _merge_ready(model, adapter_names, requantize)
     quantized = [layer for layer in layers.values() if isinstance(layer, QuantOFTLinear)]
     if requantize and not quantized:
         raise AdapterError("requantize=True, and no adapted layer of this model is quantized")
-    if dtype is not None and not dtype.is_floating_point:
-        raise AdapterError(f"dtype={dtype} is not allowed: use a floating-point dtype")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise AdapterError(f"dtype={dtype!r} is not allowed: use a floating-point dtype, such as torch.bfloat16")
     dtype = dtype or _model_dtype(model)
     tied = _tied_weights(model)
     if unload:
@@ -176,7 +176,7 @@ def _merge_ready(
     known = model.sequence if isinstance(model, OFTLayer) else get_state(model).sequence
     check_unsharded(model, "call save_adapter in every process, load that into a model in one process, and merge there")
     _require_merged(model, False, "call unmerge first")
-    check_not_by_row(model)
+    check_changeable(model)
     names = check_sequence(model, known if adapter_names is None else adapter_names)
     layers = {path: layer for path, layer in oft_layers(model) if set(names) & set(layer.rotations)}
     for layer in layers.values():

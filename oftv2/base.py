@@ -58,6 +58,9 @@ class OFTLayer(MergeableLayer):
         name: str = "",
         block_size: int | None = None,
     ) -> None:
+        if not isinstance(base_layer, nn.Module):
+            example = "OFTLinear(nn.Linear(1024, 4096))"
+            raise AdapterError(f"{type(self).__name__} goes around a layer, as in {example}, not {base_layer!r}")
         super().__init__()
         self.name = name or type(base_layer).__name__
         config = config or OFTConfig()

@@ -225,8 +225,8 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=2)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ConfigError(f"OFTConfig has no field {', '.join(map(repr, unknown))}; {hint}It has {', '.join(known)}")
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+        raise ConfigError(f"OFTConfig has no field {', '.join(map(repr, unknown))}{hint} It has {', '.join(known)}")
 
 
 def _taking_pefts_names(own: Callable[..., None]) -> Callable[..., None]:

@@ -42,7 +42,7 @@ def read_peft(tensors: dict[str, Tensor], folder: Path, as_trained: bool) -> Ada
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "peft_type" not in values:
             raise ValueError("no peft_type")
     except (OSError, ValueError) as error:

@@ -54,7 +54,9 @@ def tensors_file(source: Path) -> Path:
     what = f"has no {TENSORS_FILE}" if source.is_dir() else "is not a folder"
     of_hub = not source.exists() and not source.is_absolute() and len(source.parts) == 2
     hub = f"; one of the Hub is fetched by huggingface_hub.snapshot_download({str(source)!r})" if of_hub else ""
-    raise AdapterError(f"{source} {what}: give the folder that save_adapter or PEFT wrote{hub}")
+    inside = sorted({str(path.parent) for path in source.glob("*/adapter_model.*")})[:3]
+    there = f"; there is one in {', '.join(inside)}" if inside else ""
+    raise AdapterError(f"{source} {what}: give the folder that save_adapter or PEFT wrote{hub}{there}")
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -64,7 +66,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise AdapterError(f"{path} cannot be read, it may be truncated: {error}") from error
+        raise AdapterError(f"{path} cannot be read, it may be truncated or hold no tensors: {error}") from error
 
 
 def _read_own(manifest: str, path: Path, tensors: dict[str, Tensor]) -> AdapterFile:

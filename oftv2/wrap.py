@@ -117,7 +117,7 @@ def merged_config(config: OFTConfig | None, fields: dict[str, Any]) -> OFTConfig
     if config is not None and not isinstance(config, OFTConfig):
         raise AdapterError(
             f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}; options go by their names, as "
-            "in wrap_model(model, block_size=32)"
+            "in wrap_model(model, block_size=32), and OFTConfig.from_peft(config.to_dict()) makes one of PEFT's"
         )
     fields = OFTConfig.with_own_names(fields)
     if config is None:
@@ -208,7 +208,9 @@ def uninstall(model: nn.Module) -> None:
 def check_model(model: nn.Module, adapter_name: str) -> None:
     """Refuses what cannot be wrapped: no model, a bare layer, or one with adapters."""
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"wrap_model takes a torch.nn.Module, and this is a {type(model).__name__}")
+        inside = isinstance(getattr(model, "model", None), nn.Module)  # a pipeline or a trainer
+        its = "; pass its model (.model), before it is put in there" if inside else ""
+        raise AdapterError(f"wrap_model takes a torch.nn.Module, and this is a {type(model).__name__}{its}")
     if inner := inner_model(model):
         raise AdapterError(
             f"the model is in a {type(model).__name__}: put the adapter on it first, and compile or distribute it "

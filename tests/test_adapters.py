@@ -202,6 +202,7 @@ REFUSED = {
     "delete unknown": (lambda m: oftv2.delete_adapter(m, "d"), "no adapter 'd'"),
     "delete active": (lambda m: oftv2.delete_adapter(m, "a"), r"'a' is active: call set_adapter"),
     "disabled": (lambda m: within_disabled(m, lambda: oftv2.set_adapter(m, "b")), "leave disable_adapter"),
+    "merge disabled": (lambda m: within_disabled(m, lambda: oftv2.merge(m)), "leave disable_adapter"),
     "save disabled": (lambda m: within_disabled(m, lambda: oftv2.save_adapter(m, "x")), "leave disable_adapter"),
 }
 

@@ -256,6 +256,12 @@ def test_experts_beside_peft(tmp_path) -> None:
     assert peft_oft["missing"] == "PEFT's OFT takes no stacked weights"
 
 
+def test_where_results_cannot_be_written_nothing_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "layer", "--quick", "--out", "/dev/null/results"])
+    with pytest.raises(SystemExit, match=r"error: no results can be written: .*name another folder with --out"):
+        run.main()
+
+
 def test_the_command(tmp_path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py")]
     done = subprocess.run(

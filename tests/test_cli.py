@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from oftv2 import save_adapter, wrap_model
 from oftv2.__main__ import main
 
 
-def test_inspect_reports_what_it_is_and_how_healthy(tiny_llama, tmp_path, capsys):
+def test_inspect_reports_what_it_is_and_how_healthy(tiny_llama, tmp_path, capsys, monkeypatch):
     model = wrap_model(tiny_llama(), block_size=16)
     randomize(model)
     save_adapter(model, tmp_path)
+    with monkeypatch.context() as patch:  # of a terminal without ×
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert main(["inspect", str(tmp_path)]) == 0
     for source in ("", "adapter_model.safetensors"):
         assert main(["inspect", str(tmp_path / source)]) == 0
         text = capsys.readouterr().out

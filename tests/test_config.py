@@ -173,6 +173,8 @@ def test_unknown_fields_are_refused_with_the_known_ones():
         OFTConfig.from_dict({"rank": 8, "blocksize": 32, "block_size": 32})
     with pytest.raises(ConfigError, match=r"'blocksize'; did you mean 'block_size'"):
         OFTConfig(blocksize=32)
+    with pytest.raises(ConfigError, match=r"no field 'rank'\. It has block_size"):
+        OFTConfig(rank=32)
 
 
 @pytest.mark.parametrize(

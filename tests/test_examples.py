@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -164,15 +165,27 @@ def test_ctrl_c_saves_what_there_is(tmp_path: Path, tiny_model: Path, rows: Path
         ('{"question": "1 + 1", "answer": null}\n', "line 1: field 'answer' has to be text or a number"),
         ('{"question": " ", "answer": "2"}\n', "line 1: field 'question' is empty"),
         ('{"question": "1 + 1", "answer": 2}\n', "at least two are needed"),
+        ('\ufeff{"question": "1 + 1", "answer": 2}\n', "at least two are needed"),
+        ('{"question": "\udce4", "answer": 2}\n', "line 1: not in UTF-8"),
     ],
-    ids=["no-answer", "no-question", "not-json", "not-object", "null", "empty", "one-row"],
+    ids=[
+        "no-answer",
+        "no-question",
+        "not-json",
+        "not-object",
+        "null",
+        "empty",
+        "one-row",
+        "byte-order-mark",
+        "latin-1",
+    ],
 )
 def test_bad_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from _data import DataError, read_jsonl, split
 
     path = tmp_path / "rows.jsonl"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError) as error:
         split(read_jsonl(path), held_out=1, seed=0)
     assert message in str(error.value)
@@ -200,8 +213,9 @@ def test_no_question_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--block-size", "7"], "block_size"),
         (["--targets", "no_such_layer"], "no_such_layer"),
         (["--out", "/dev/null"], "File exists"),
+        (["--device", "mps"], "--device mps: this PyTorch cannot use it"),
     ],
-    ids=["file", "task", "full-nf4", "steps", "block-size", "targets", "out"],
+    ids=["file", "task", "full-nf4", "steps", "block-size", "targets", "out", "device"],
 )
 def test_mistakes_are_told_without_a_traceback(
     tmp_path: Path,
@@ -225,6 +239,26 @@ def test_mistakes_are_told_without_a_traceback(
     errors = capsys.readouterr().err
     assert message in errors
     assert "finetune.py: error: " in errors
+
+
+def test_terminals_and_homes_that_lack_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import _model
+    import finetune
+    from _report import write_json
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit, match="0"):
+        finetune.main(["--help"])
+    write_json(tmp_path / "report.json", {"out": "a\udcc3", "answer": "ü"})  # a file's name that is no text
+    assert report(tmp_path) == {"out": "a\udcc3", "answer": "ü"}
+    with pytest.raises(_model.ModelError, match="set OFTV2_CACHE"):
+        _model.smollm2_folder(Path("/dev/null/cache"))
+    for variable in ("OFTV2_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # nobody's, as in a container
+    with pytest.raises(_model.ModelError, match="set OFTV2_CACHE"):
+        _model.default_cache()
 
 
 def test_default_model_is_converted_once(tmp_path: Path) -> None:

@@ -131,8 +131,9 @@ class TestMerge:
 
     def test_dtype_must_be_floating_point(self) -> None:
         model = wrapped("nf4")
-        with pytest.raises(AdapterError, match=r"dtype=torch\.int8 is not allowed"):
-            merge(model, dtype=torch.int8)
+        for dtype in (torch.int8, "bfloat16"):
+            with pytest.raises(AdapterError, match=rf"dtype={dtype!r} is not allowed: .*torch\.bfloat16"):
+                merge(model, dtype=dtype)
         assert not model.up.merged
 
     @each_kind

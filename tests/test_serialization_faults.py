@@ -39,6 +39,7 @@ def test_missing_folder(make, tmp_path):
 
 @BASES
 def test_missing_file(make, folder):
+    refused(make, folder.parent, f"has no {FILE}", f"there is one in {folder}")  # as of a trainer's checkpoints
     (folder / FILE).unlink()
     refused(make, folder, str(folder), f"has no {FILE}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import bitsandbytes
 import peft
@@ -132,13 +133,23 @@ def test_what_is_no_model_is_refused(what):
         wrap_model(what)
 
 
+def test_a_layer_goes_around_another():
+    with pytest.raises(AdapterError, match=r"OFTLinear goes around a layer, .* not 1024"):
+        OFTLinear(1024, 4096)
+
+
+def test_of_a_pipeline_its_model_is_wanted():
+    with pytest.raises(AdapterError, match=r"this is a SimpleNamespace; pass its model \(\.model\)"):
+        wrap_model(SimpleNamespace(model=mlp(64, 8)))
+
+
 @pytest.mark.parametrize(
-    "config", [{"block_size": 8}, "all-linear", 8, peft.LoraConfig()], ids=lambda c: type(c).__name__
+    "config", [{"block_size": 8}, "all-linear", 8, peft.LoraConfig(), peft.OFTConfig()], ids=lambda c: type(c).__name__
 )
 def test_what_is_no_configuration_is_refused(config):
     model = mlp(64, 8)
     before = snapshot(model)
-    with pytest.raises((AdapterError, TypeError), match=rf"OFTConfig.*{type(config).__name__}"):
+    with pytest.raises(AdapterError, match=rf"OFTConfig.*{type(config).__name__}.*from_peft"):
         wrap_model(model, config)
     assert snapshot(model) == before
 
