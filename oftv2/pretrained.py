@@ -31,7 +31,7 @@ from .precision import forget_float32, restore_float32
 from .preference import serve_trl
 from .sharding import is_sharded, is_writer, unsharded, whole
 from .state import adapter_parameters, get_state
-from .trained import trained_keys
+from .trained import set_trainable, trained_keys
 
 CHECKPOINT_FILE = "model.safetensors"
 
@@ -195,7 +195,7 @@ def train_adapter(model: nn.Module) -> None:
     """Has the active adapters' parameters train, their fully trained ones too."""
     for name in get_state(model).sequence:
         for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(True)
+            set_trainable(parameter, True)
 
 
 def _scales(state_dict: Mapping[str, Any]) -> set[str]:
