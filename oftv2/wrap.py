@@ -149,7 +149,7 @@ def install(
     state = AdapterState(
         configs={adapter_name: config},
         sequence=(adapter_name,),
-        trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        trainable_before=tuple(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
         trained={adapter_name: tuple(trained)},
         originals={name: _value(plain_parameter(model, name)) for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
