@@ -38,13 +38,13 @@ def read_single_file(tensors: dict[str, Tensor], metadata: dict[str, str], path:
     if other:
         scale = "; dora_scale changes norms, which a rotation does not" if "dora_scale" in "".join(other) else ""
         raise AdapterError(f"{path} holds more than rotations: {', '.join(other[:3])}{scale}")
+    sizes = {layer: block_size_of(key, tensors[key]) for layer, key in layers.items()}
     generators = {
         PREFIX + layer + GENERATORS: tensors[key].float() / tensors[key].shape[1] ** 0.5
         if layer + _SCALED in scaled
         else tensors[key]
         for layer, key in layers.items()
     }
-    sizes = {layer: block_size_of(key, tensors[key]) for layer, key in layers.items()}
     config = OFTConfig(
         block_size=max(sizes.values()),
         neumann_terms=_TERMS - 2,
