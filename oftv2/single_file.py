@@ -12,7 +12,7 @@ from .adapter_file import GENERATORS, PREFIX, AdapterFile
 from .config import OFTConfig
 from .errors import AdapterError
 from .peft_reader import block_size_of
-from .state import oft_layers, plain_parameter
+from .state import oft_layers
 
 _SCALED = ".oft_R.scaled_oft"
 _TERMS = 5  # of PEFT's count, fixed in both programs
@@ -76,7 +76,8 @@ def located(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
             missing.append(layer)
             continue
         generators = adapter.generators(layer)
-        is_convolution = plain_parameter(model, found[0] + ".weight").dim() == 4
+        weight = getattr(model.get_submodule(found[0]), "weight", None)
+        is_convolution = isinstance(weight, Tensor) and weight.dim() == 4
         tensors[PREFIX + found[0] + GENERATORS] = -generators if is_convolution else generators
         sizes[found[0]] = size
     if missing:
