@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from .config import OFTConfig
@@ -97,6 +98,12 @@ def _checked(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r} stands where a {kind.__name__} should")
     return value
+
+
+def serialized(tensors: Mapping[str, Tensor], **metadata: str) -> bytes:
+    """A safetensors file of tensors from any device, which may share memory."""
+    data = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return safetensors.torch.save(data, metadata={"format": "pt", **metadata})
 
 
 def write_atomically(path: Path, data: bytes) -> None:
