@@ -88,7 +88,7 @@ def _forward(
 @triton.jit
 def _backward_part(
     grad, stride, x_tile, delta, row, column, inside, wanted, exists, T,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr, WITH_DELTA: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr,
 ):  # fmt: skip
     """What one rotation adds to ∂x ``[BLOCK_T, WIDTH]`` and to its ∂Δ ``[TILE, WIDTH]`` for some tokens."""
     part = load_rows(grad, row, wanted, exists, T, stride, EVEN)  # [BLOCK_T, WIDTH]
@@ -96,15 +96,12 @@ def _backward_part(
     if WITH_X:
         whole = part if WIDTH == TILE else load_rows(grad, row, column, inside, T, stride, EVEN)  # [BLOCK_T, TILE]
         grad_x += tl.dot(whole, delta, input_precision="tf32x3")
-    if WITH_DELTA:
-        # Hopper multiplies tiles of 64 and more asynchronously where the sum stays in the product, and Triton loads
-        # later tokens into the place of `part`, which is used twice, before the product is sure to have read it. With
-        # this limit, which means nothing in 16 bit, the sum is added by itself, after a wait.
-        apart: tl.constexpr = 1 if TILE >= 64 else None
-        added = tl.dot(x_tile, part, input_precision="tf32x3", max_num_imprecise_acc=apart)
-        return grad_x, added
-    else:
-        return grad_x, tl.zeros((TILE, WIDTH), tl.float32)
+    # Hopper multiplies tiles of 64 and more asynchronously where the sum stays in the product, and Triton loads later
+    # tokens into the place of `part`, which is used twice, before the product is sure to have read it. With this limit,
+    # which means nothing in 16 bit, the sum is added by itself, after a wait.
+    apart: tl.constexpr = 1 if TILE >= 64 else None
+    added = tl.dot(x_tile, part, input_precision="tf32x3", max_num_imprecise_acc=apart)
+    return grad_x, added
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -112,7 +109,7 @@ def _backward(
     grad0, grad1, grad2, x, grad_x, partial0, partial1, partial2, source0, source1, source2, strides,
     T, columns, num_blocks, grad_stride0, grad_stride1, grad_stride2, x_stride, share,
     GROUP: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
-    TERMS: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr, WITH_DELTA: tl.constexpr,
+    TERMS: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
     part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
@@ -129,40 +126,37 @@ def _backward(
             delta2 = _delta(source2, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, True).to(dtype)
     sum0 = tl.zeros((TILE, WIDTH), tl.float32)
     sum1, sum2 = sum0, sum0
-    x_tile = tl.zeros((TILE, BLOCK_T), dtype)
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
-        if WITH_DELTA:
-            x_tile = load_rows_transposed(x, row, column, inside, T, x_stride, EVEN)  # [TILE, BLOCK_T]
+        x_tile = load_rows_transposed(x, row, column, inside, T, x_stride, EVEN)  # [TILE, BLOCK_T]
         total, added = _backward_part(
             grad0, grad_stride0, x_tile, delta0, row, column, inside, wanted, exists, T,
-            WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
+            WIDTH, TILE, EVEN, WITH_X,
         )  # fmt: skip
         sum0 += added
         if GROUP > 1:
             grad_part, added = _backward_part(
                 grad1, grad_stride1, x_tile, delta1, row, column, inside, wanted, exists, T,
-                WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
+                WIDTH, TILE, EVEN, WITH_X,
             )  # fmt: skip
             total += grad_part
             sum1 += added
         if GROUP > 2:
             grad_part, added = _backward_part(
                 grad2, grad_stride2, x_tile, delta2, row, column, inside, wanted, exists, T,
-                WIDTH, TILE, EVEN, WITH_X, WITH_DELTA,
+                WIDTH, TILE, EVEN, WITH_X,
             )  # fmt: skip
             total += grad_part
             sum2 += added
         if WITH_X:
             store_rows(grad_x, total, row, wanted, exists, T, columns, EVEN)
-    if WITH_DELTA:
-        offset = tl.program_id(1).to(tl.int64) * num_blocks * (B * B)
-        store_blocks(partial0 + offset, sum0, first, num_blocks, part, B, TILE, WIDTH)
-        if GROUP > 1:
-            store_blocks(partial1 + offset, sum1, first, num_blocks, part, B, TILE, WIDTH)
-        if GROUP > 2:
-            store_blocks(partial2 + offset, sum2, first, num_blocks, part, B, TILE, WIDTH)
+    offset = tl.program_id(1).to(tl.int64) * num_blocks * (B * B)
+    store_blocks(partial0 + offset, sum0, first, num_blocks, part, B, TILE, WIDTH)
+    if GROUP > 1:
+        store_blocks(partial1 + offset, sum1, first, num_blocks, part, B, TILE, WIDTH)
+    if GROUP > 2:
+        store_blocks(partial2 + offset, sum2, first, num_blocks, part, B, TILE, WIDTH)
 
 
 # (WIDTH, BLOCK_T, warps, stages) by tile. Chosen from the compiler's reports: no registers spilled, at most 96 KiB of
@@ -284,7 +278,6 @@ def rotate_backward(
     terms: int = 0,
     *,
     with_x: bool = True,
-    with_delta: bool = True,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of :func:`rotate`: ``∂x``, and partial sums of each ∂Δ, ``(shares, r, b, b)`` float32."""
     flats, flat = [rows(grad) for grad in grads], rows(x)
@@ -292,13 +285,13 @@ def rotate_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if with_x else None
     shape = (num_blocks, block_size, block_size)
     if not x.numel():
-        return grad_x, [torch.zeros(1, *shape, dtype=torch.float32, device=x.device) for _ in grads] * with_delta
+        return grad_x, [torch.zeros(1, *shape, dtype=torch.float32, device=x.device) for _ in grads]
     launch = plan(flat, num_blocks, block_size, terms, group=len(grads), backward=True)
-    partials = [torch.empty(launch.grid[1], *shape, dtype=torch.float32, device=x.device) for _ in grads] * with_delta
+    partials = [torch.empty(launch.grid[1], *shape, dtype=torch.float32, device=x.device) for _ in grads]
     with on_device(x):
         _backward[launch.grid](
-            *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials or [flat]), *_three(given),
+            *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials), *_three(given),
             strides, *flat.shape, num_blocks, *(grad.stride(0) for grad in _three(flats)), flat.stride(0),
-            launch.share, WITH_X=with_x, WITH_DELTA=with_delta, **launch.constants,
+            launch.share, WITH_X=with_x, **launch.constants,
         )  # fmt: skip
     return grad_x, partials

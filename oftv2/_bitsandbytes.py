@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._quant_ops import Weight4bit
+from .merging import cloned
 
 
 def dequantize_4bit(module: Any) -> Tensor:
@@ -36,8 +37,7 @@ def requantize_4bit(module: Any, weight: Tensor) -> nn.Module:
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
-    clone: Any = copy.copy(module)
-    clone._parameters = dict(module._parameters)
+    clone = cloned(module)
     packed: Any = Params4bit(
         weight.to(old.quant_state.dtype).cpu(),
         quant_type=old.quant_type,
@@ -94,8 +94,7 @@ def requantize_int8(module: Any, weight: Tensor) -> nn.Module:
     from bitsandbytes import MatmulLtState
     from bitsandbytes.nn import Int8Params
 
-    clone: Any = copy.copy(module)
-    clone._parameters = dict(module._parameters)
+    clone = cloned(module)
     clone.state = MatmulLtState()
     clone.state.threshold = module.state.threshold
     clone.state.has_fp16_weights = module.state.has_fp16_weights

@@ -20,9 +20,11 @@ from .partitioned import full_shape, refuse_partitioned
 from .pretrained import forget_quantization, read_from_gguf
 from .quant import QuantOFTLinear, find_backend
 from .sharding import check_unsharded
-from .state import find_state, get_state, oft_layers, plain_parameter
+from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter
 from .trained import base_values
 from .wrap import uninstall
+
+_CLAIM = threading.Lock()
 
 
 @contextmanager
@@ -34,30 +36,43 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         AdapterError: the model is not wrapped, its adapter is merged, or another thread is in such a context of it.
     """
-    state, thread = get_state(model), threading.get_ident()
-    outer = state.disabled_by
-    if outer not in (None, thread):  # it would leave last, and restore the base model's state for good
-        raise AdapterError(
-            "another thread is within disable_adapter of this model: let them take turns (a threading.Lock around the "
-            "context)"
+    state = get_state(model)
+    with _claimed(state):
+        refuse_partitioned(
+            [(name, plain_parameter(model, name)) for adapter in state.sequence for name in state.trained[adapter]],
+            "the base model's values cannot take its place; compare with a model in a process without ZeRO-3",
         )
-    refuse_partitioned(
-        [(name, plain_parameter(model, name)) for adapter in state.sequence for name in state.trained[adapter]],
-        "the base model's values cannot take its place; compare with a model in a process without ZeRO-3",
-    )
-    layers = [layer for _, layer in oft_layers(model)]
-    _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
-    enabled = [layer.enabled for layer in layers]
-    with base_values(model):
-        try:
-            state.disabled_by = thread
-            for layer in layers:
-                layer.enabled = False
-            yield model
-        finally:
-            state.disabled_by = outer
-            for layer, was in zip(layers, enabled, strict=True):
-                layer.enabled = was
+        _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
+        enabled = {layer: layer.enabled for _, layer in oft_layers(model)}
+        with base_values(model):
+            try:
+                for layer in enabled:
+                    layer.enabled = False
+                yield model
+            finally:
+                for layer, was in enabled.items():
+                    layer.enabled = was
+
+
+@contextmanager
+def _claimed(state: AdapterState) -> Iterator[None]:
+    """Within the context, no other thread may disable the adapter: AdapterError where one does already.
+
+    Two would find what the other changed, and the last to leave would restore the base model for good.
+    """
+    thread = threading.get_ident()
+    with _CLAIM:
+        outer = state.disabled_by
+        if outer not in (None, thread):
+            raise AdapterError(
+                "another thread is within disable_adapter of this model: let them take turns (a threading.Lock around "
+                "the context)"
+            )
+        state.disabled_by = thread
+    try:
+        yield
+    finally:
+        state.disabled_by = outer
 
 
 def merge(

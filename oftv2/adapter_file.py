@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import platform
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from .config import OFTConfig
@@ -98,16 +100,22 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
+def serialized(tensors: Mapping[str, Tensor], **metadata: str) -> bytes:
+    """A safetensors file of tensors from any device, which may share memory."""
+    data = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return safetensors.torch.save(data, metadata={"format": "pt", **metadata})
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces ``path`` in one step; leftovers of writers that were killed are swept up.
 
-    Several processes may do so at once, on several machines that share the folder, too.
+    Several processes and threads may do so at once, on several machines that share the folder, too.
     """
     host = platform.node()
     for leftover in path.parent.glob(f".{path.name}.{glob.escape(host)}.*.tmp"):
         if not _running(leftover.name.split(".")[-2]):
             leftover.unlink(missing_ok=True)
-    temporary = path.parent / f".{path.name}.{host}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{host}.{threading.get_ident()}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)

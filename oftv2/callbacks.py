@@ -16,7 +16,7 @@ class OFTCallback(TrainerCallback):
     """Adds the adapter's worst figures to what the trainer logs, as ``oft/orthogonality_error`` and so on.
 
     Args:
-        every (int): look at the adapter at each so many logs; 1 by default.
+        every (int): look at the adapter at each so many logs of the loss; 1 by default.
 
     Raises:
         ValueError: ``every`` is not at least 1.
@@ -30,8 +30,10 @@ class OFTCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
+        if "loss" not in logs:  # an evaluation's, or the summary of the run
+            return
         self._logs += 1
-        if "loss" not in logs or (self._logs - 1) % self.every:
+        if (self._logs - 1) % self.every:
             return
         figures = {f"oft/{name}": value for name, value in summary(kwargs["model"]).items()}
         logs.update(figures)

@@ -103,9 +103,10 @@ def open_checkpoint(name: str) -> Checkpoint:
     if listed is not None and listed != set(where):
         odd = sorted(listed ^ set(where))[0]
         raise AdapterError(f"{folder}: {INDEX_FILE} and the files disagree, about {odd} for one")
-    if "quantization_config" not in config:
+    quantization = config.pop("quantization_config", None)
+    if not quantization:  # null, where weights were dequantized
         return Checkpoint(folder, config, files, index, where)
-    method = config.pop("quantization_config").get("quant_method", "unknown method")
+    method = quantization.get("quant_method", "unknown method")
     if method != "bitsandbytes":
         raise AdapterError(
             f"the weights in {folder} are quantized ({method}). Merge into the 16-bit model they were made from, or in "

@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter_file import AdapterFile
 from .checkpoint_names import empty_model
-from .fitting import listed
+from .errors import listed
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from .base_check import compare_sketches, sketch_weight, sketched_rows
 from .checkpoint import Checkpoint
 from .checkpoint_config import Changes, class_notes, merged_config, with_labels
 from .checkpoint_names import StoredNames, empty_model, load_config, model_class, stored_names
+from .errors import listed, refuse
 from .experts import OFTExperts
-from .fitting import check_tensors, check_trained, compare_plain, listed, refuse
+from .fitting import check_tensors, check_trained, compare_plain
 from .merged_before import merged_before, with_adapter
 from .quant import QuantOFTLinear
 from .safetensors_stream import DTYPES, Entry

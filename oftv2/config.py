@@ -77,7 +77,7 @@ class OFTConfig:
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
-    block_size_pattern: Mapping[str, int] = field(default_factory=dict)
+    block_size_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     dropout: float = 0.0
     constraint: float | None = None
     block_share: bool = False

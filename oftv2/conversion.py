@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import CONFIG_FILE, PREFIX, TENSORS_FILE, write_atomically
+from .adapter_file import CONFIG_FILE, PREFIX, TENSORS_FILE, serialized, write_atomically
 from .base import OFTLayer
 from .conv import OFTConv2d
 from .errors import AdapterError
@@ -125,8 +124,7 @@ def save_as_lora(
     }
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    data = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    write_atomically(out / TENSORS_FILE, safetensors.torch.save(data, metadata={"format": "pt"}))
+    write_atomically(out / TENSORS_FILE, serialized(tensors))
     write_atomically(out / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
     return report
 

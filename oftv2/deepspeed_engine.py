@@ -15,8 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
-from .fitting import listed
+from .errors import AdapterError, listed
 from .partitioned import gathered, has_master
 from .state import find_state, oft_layers
 from .trained import trained_keys

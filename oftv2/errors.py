@@ -1,4 +1,8 @@
-"""The errors and warnings of the library."""
+"""The errors and warnings of the library, and how their messages list what there is much of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class AdapterError(ValueError):
@@ -27,3 +31,20 @@ class PeftRepairWarning(UserWarning):
 
 class RequantizationWarning(UserWarning):
     """What it cost to quantize a merged weight again."""
+
+
+def listed(names: list[str]) -> str:
+    """A few of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def itemized(problems: Sequence[str], *, most: int = 12, indent: str = "  ") -> str:
+    """The first problems, a line each, and how many more there are."""
+    more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join(indent + line for line in (*problems[:most], *more))
+
+
+def refuse(title: str, problems: Sequence[str]) -> None:
+    """Raises one AdapterError that lists the problems, if there are any."""
+    if problems:
+        raise AdapterError(f"{title}:\n{itemized(problems)}")

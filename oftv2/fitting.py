@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from .adapter_file import GENERATORS, PREFIX, AdapterFile
 from .backends import find_backend
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .merging import scaled_rows
 from .partitioned import full_shape
 from .rotation import Rotation
 from .state import find_state, get_state, layers_of, plain_name, plain_parameter
-from .targets import Target, layer_class_for
-
-_MAX_LISTED = 12
+from .targets import Target, all_modules, layer_class_for
 
 
 def check_tensors(adapter: AdapterFile) -> list[str]:
@@ -36,10 +34,7 @@ def check_tensors(adapter: AdapterFile) -> list[str]:
 def compare_plain(model: nn.Module, adapter: AdapterFile) -> tuple[list[str], list[Target]]:
     """What keeps the adapter from fitting a plain model, and where it goes if nothing does."""
     problems, targets = [], []
-    paths: dict[int, list[str]] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, module in modules.items():
-        paths.setdefault(id(module), []).append(path)
+    modules, paths = all_modules(model)
     for name, block_size in adapter.block_sizes.items():
         module = modules.get(name)
         layer_class = layer_class_for(module, named=True) if module is not None else None
@@ -190,16 +185,3 @@ def without_copies(adapter: AdapterFile, model: nn.Module, adapter_name: str) ->
     dropped = {PREFIX + name for name in set(adapter.trained) - set(trained)}
     tensors = {key: value for key, value in adapter.tensors.items() if key not in dropped}
     return dataclasses.replace(adapter, trained=trained, tensors=tensors)
-
-
-def refuse(title: str, problems: list[str]) -> None:
-    """Raises one AdapterError that lists the problems, if there are any."""
-    if problems:
-        more = f"\n  … and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        lines = "\n  ".join(problems[:_MAX_LISTED])
-        raise AdapterError(f"{title}:\n  {lines}{more}")
-
-
-def listed(names: list[str]) -> str:
-    """A few of the names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,7 +15,8 @@ from torch import nn
 
 from .errors import AdapterError
 from .sharding import plain_path, whole
-from .state import find_state, persistent_buffers, plain_name
+from .state import find_state
+from .trained import keys_within
 
 
 def serve_accelerate() -> None:
@@ -83,8 +84,4 @@ def _names(model: Any) -> set[str]:
     from accelerate.utils.other import extract_model_from_parallel
 
     state = find_state(extract_model_from_parallel(model, keep_torch_compile=False))
-    if state is None:
-        return set()
-    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    names = [plain_path(name) for name in (*parameters, *persistent_buffers(model))]
-    return {name for name in names if ".generators." in name or plain_name(name) in state.originals}
+    return set() if state is None else set(keys_within(model, state))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import functional as F
 from .cost_model import INPUT
 from .errors import AdapterError
-from .layers import OFTLinear
+from .layers import OFTLinear, unhooked
 
 _GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 _FORWARDS = (
@@ -95,7 +95,7 @@ def _rotates(layer: Any, x: Tensor) -> bool:
         isinstance(layer, OFTLinear)
         and layer.rotating
         and x.dim() in (2, 3)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and unhooked(layer)
         and layer.choose_form(x) == INPUT
     )
 

@@ -8,20 +8,17 @@ import warnings
 import torch
 from torch import nn
 
-from .adapter_file import (
-    AdapterFile,
-)
+from .adapter_file import AdapterFile
 from .adapters import check_addable, put
 from .base import DEFAULT_ADAPTER
 from .base_check import compare_base, keep_sketches
 from .deepspeed_engine import keeps_copies
-from .errors import AdapterError, PeftFormatWarning
+from .errors import AdapterError, PeftFormatWarning, refuse
 from .fitting import (
     check_tensors,
     check_trained,
     compare_plain,
     compare_wrapped,
-    refuse,
     with_scaled_weights,
     without_copies,
 )

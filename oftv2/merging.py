@@ -147,12 +147,18 @@ class MergeableLayer(nn.Module):
                 raise AdapterError(f"{self.name}: the generators of {name!r} hold NaN or Inf")
 
 
-def with_weights(module: Any, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of ``module`` (class, attributes, hooks) with other weights; a tied weight is left to its peers."""
+def cloned(module: Any) -> Any:
+    """A copy of ``module`` (class, attributes, hooks) with the same weights, which may be replaced by others."""
     clone = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         setattr(clone, registry, dict(getattr(module, registry)))
     vars(clone).update({name: _rebound(value, module, clone) for name, value in vars(clone).items()})
+    return clone
+
+
+def with_weights(module: Any, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``module`` with other weights; a tied weight is left to its peers."""
+    clone = cloned(module)
     for name, weight in weights.items():
         setattr(clone, name, nn.Parameter(weight, requires_grad=getattr(module, name).requires_grad))
     return clone

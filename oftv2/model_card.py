@@ -76,7 +76,7 @@ def is_edited(path: Path) -> bool:
     """Whether there is a card that is not as this library wrote it."""
     if not path.exists():
         return False
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     mark = _MARK.search(text)
     return mark is None or mark[1] != _digest(_MARK.sub("", text))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import AdapterError, PeftRepairWarning
+from .errors import AdapterError, PeftRepairWarning, itemized
 
 VARIABLE = "OFTV2_ACCELERATE_PEFT"
 _TUNER = "peft.tuners.oft.model"
@@ -61,8 +61,7 @@ def accelerate_peft(model: nn.Module, enabled: bool = True, *, repair: bool = Fa
         reasons = {name: peft_layers.obstacle(layer, repair=repair) for name, layer in layers.items()}
         problems = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
         if problems:
-            more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise AdapterError("\n".join(problems[:5]) + more)
+            raise AdapterError(itemized(problems, most=5, indent=""))
     tuners = [module for module in model.modules() if isinstance(module, peft_layers.OFTModel)]
     for layer in layers.values():
         if enabled:

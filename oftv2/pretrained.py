@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import write_atomically
+from .adapter_file import serialized, write_atomically
 from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
 from .fsdp_checkpoints import serve_accelerate
@@ -31,7 +30,7 @@ from .precision import forget_float32, restore_float32
 from .preference import serve_trl
 from .sharding import is_sharded, is_writer, unsharded, whole
 from .state import adapter_parameters, get_state
-from .trained import trained_keys
+from .trained import set_trainable, trained_keys
 
 CHECKPOINT_FILE = "model.safetensors"
 
@@ -74,10 +73,9 @@ class WrappedPreTrainedModel:
             folder = save_adapters(self, save_directory, selected_adapters)
             state_dict = state_dict or self.state_dict()
             tensors = {name: whole(tensor) for name, tensor in state_dict.items() if name in names}
-            tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
         if gathers and not is_writer():
             return
-        write_atomically(folder / CHECKPOINT_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        write_atomically(folder / CHECKPOINT_FILE, serialized(tensors))
         if push_to_hub:
             written = list(places(self, selected_adapters).values())
             upload_adapters(folder, options.get("repo_id") or folder.name, written, **_hub_options(options))
@@ -195,7 +193,7 @@ def train_adapter(model: nn.Module) -> None:
     """Has the active adapters' parameters train, their fully trained ones too."""
     for name in get_state(model).sequence:
         for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(True)
+            set_trainable(parameter, True)
 
 
 def _scales(state_dict: Mapping[str, Any]) -> set[str]:

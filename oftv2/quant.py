@@ -120,7 +120,8 @@ class QuantOFTLinear(OFTLinear):
     def check_merge(self, *, requantize: bool = False) -> None:
         """Raises AdapterError where the weight cannot be read, or not be quantized again."""
         self._dequantize()
-        if requantize:
+        if requantize:  # into a copy of the layer
+            self.check_weight()
             self._requantize()
 
     def _dequantize(self) -> Callable[[nn.Module], Tensor]:

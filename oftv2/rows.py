@@ -26,6 +26,7 @@ from .rotation import Rotation
 from .state import get_state, oft_layers
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' modules keep what they checkpoint with
+_ENTRY = threading.Lock()
 
 
 @contextmanager
@@ -58,15 +59,16 @@ def adapters_per_row(
             batches laid out flat), or a checkpoint that is not transformers' own, whose recomputation could come after
             the context.
     """
-    batch = _Batch(model, _checked(model, rows), repeated)
     with ExitStack() as stack:
+        with _ENTRY:  # no other thread comes in between the look for one and its being seen
+            batch = _Batch(model, _checked(model, rows), repeated)
+            stack.enter_context(batch.entered())
         for module in model.modules():
             stack.enter_context(following_generate(module, batch.repeats))
             if _CHECKPOINT in vars(module):
                 function = vars(module)[_CHECKPOINT]
                 stack.callback(setattr, module, _CHECKPOINT, function)
                 setattr(module, _CHECKPOINT, batch.replaying(function))
-        stack.enter_context(batch.entered())
         yield model
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -20,22 +19,21 @@ from .adapter_file import (
     PREFIX,
     TENSORS_FILE,
     AdapterFile,
+    serialized,
     write_atomically,
 )
 from .adapters import check_unmerged
 from .base import OFTLayer
 from .base_check import describe_base, keep_sketches
 from .config import OFTConfig
-from .errors import AdapterError, PeftFormatWarning
-from .fitting import check_tensors, listed, refuse
+from .errors import AdapterError, PeftFormatWarning, itemized, listed, refuse
+from .fitting import check_tensors
 from .model_card import write_card
 from .partitioned import gathered, is_partitioned
 from .peft_format import peft_layout
 from .sharding import is_sharded, is_writer, unsharded, warning_of_waits, whole_generators
 from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
 from .trained import base_values
-
-_MAX_LISTED = 12
 
 
 def save_adapter(
@@ -189,10 +187,7 @@ def _write(
     manifest: dict[str, Any],
     description: dict[str, Any] | None,
 ) -> Path:
-    data = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
-        metadata={"format": "pt", "oftv2": json.dumps(manifest)},
-    )
+    data = serialized(tensors, oftv2=json.dumps(manifest))
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise AdapterError(f"{folder} is a file: give the folder that the adapter is to be saved in")
@@ -210,12 +205,11 @@ def _in_peft_layout(
     found = peft_layout(model, name)
     if not found.problems:
         return found.config, found.tensors
-    why = "\n  ".join(found.problems[:_MAX_LISTED])
-    more = f"\n  … and {len(found.problems) - _MAX_LISTED} more" if len(found.problems) > _MAX_LISTED else ""
+    why = itemized(found.problems)
     if refuse:
-        raise AdapterError(f'not saved: PEFT cannot express this adapter; use format="oftv2".\n  {why}{more}')
+        raise AdapterError(f'not saved: PEFT cannot express this adapter; use format="oftv2".\n{why}')
     warnings.warn(
-        f'saved in the format "oftv2", which PEFT cannot read, for PEFT cannot express this adapter:\n  {why}{more}\n'
+        f'saved in the format "oftv2", which PEFT cannot read, for PEFT cannot express this adapter:\n{why}\n'
         'format="oftv2" says that this is meant; `python -m oftv2 convert` makes a LoRA of it',
         PeftFormatWarning,
         stacklevel=4,

@@ -12,7 +12,7 @@ from .adapter_file import GENERATORS, PREFIX, AdapterFile
 from .config import OFTConfig
 from .errors import AdapterError
 from .peft_reader import block_size_of
-from .state import oft_layers, plain_parameter
+from .state import oft_layers
 
 _SCALED = ".oft_R.scaled_oft"
 _TERMS = 5  # of PEFT's count, fixed in both programs
@@ -38,13 +38,13 @@ def read_single_file(tensors: dict[str, Tensor], metadata: dict[str, str], path:
     if other:
         scale = "; dora_scale changes norms, which a rotation does not" if "dora_scale" in "".join(other) else ""
         raise AdapterError(f"{path} holds more than rotations: {', '.join(other[:3])}{scale}")
+    sizes = {layer: block_size_of(key, tensors[key]) for layer, key in layers.items()}
     generators = {
         PREFIX + layer + GENERATORS: tensors[key].float() / tensors[key].shape[1] ** 0.5
         if layer + _SCALED in scaled
         else tensors[key]
         for layer, key in layers.items()
     }
-    sizes = {layer: block_size_of(key, tensors[key]) for layer, key in layers.items()}
     config = OFTConfig(
         block_size=max(sizes.values()),
         neumann_terms=_TERMS - 2,
@@ -76,7 +76,8 @@ def located(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
             missing.append(layer)
             continue
         generators = adapter.generators(layer)
-        is_convolution = plain_parameter(model, found[0] + ".weight").dim() == 4
+        weight = getattr(model.get_submodule(found[0]), "weight", None)
+        is_convolution = isinstance(weight, Tensor) and weight.dim() == 4
         tensors[PREFIX + found[0] + GENERATORS] = -generators if is_convolution else generators
         sizes[found[0]] = size
     if missing:

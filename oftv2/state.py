@@ -23,7 +23,8 @@ class AdapterState:
     Attributes:
         configs: the configuration of each adapter by its name.
         sequence: the active adapters, in the order in which activations go through them.
-        trainable_before: names of the parameters that trained before the model was wrapped.
+        trainable_before: names of the parameters that trained before the model was wrapped; of tied ones each, for
+            merging may make two of them.
         trained: by adapter, the base parameters that it trains in full (``modules_to_save`` and biases), under the
             names they have in the plain model, and the buffers of those modules (running statistics).
         originals: the values of all those in the base model, by name.

@@ -67,11 +67,7 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
         AdapterError: a name, pattern or layer number that matches nothing, a module of a kind that cannot be adapted,
             or nothing to adapt at all.
     """
-    paths: dict[int, list[str]] = {}
-    modules: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-        modules[path] = module
+    modules, paths = all_modules(model)
     names = [path for path in modules if path]
     saved = saved_modules(model, config)
     chosen = _chosen_names(model, config, names, modules)
@@ -119,6 +115,15 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
     if _takes_all_linear(config):
         _warn_of_experts(modules, {id(target.module) for target in targets} | left_out)
     return targets
+
+
+def all_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[int, list[str]]]:
+    """The modules of a model by each of their paths, and the paths of each by its ``id``."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(module), []).append(path)
+    return modules, paths
 
 
 def output_heads(model: nn.Module) -> tuple[set[str], set[str]]:

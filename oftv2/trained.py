@@ -199,11 +199,14 @@ def forget(state: AdapterState, adapter_name: str) -> None:
 
 def trained_keys(model: nn.Module) -> list[str]:
     """The state dictionary's keys of all adapters' generators, and of what they train in full."""
-    trained = get_state(model).originals
+    return [*keys_within(model, get_state(model)), *aside_by_key(model)]
+
+
+def keys_within(model: nn.Module, state: AdapterState) -> list[str]:
+    """Those of ``trained_keys`` that are not set aside, of a model with this state or of what distributes it."""
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
     names = [plain_path(name) for name in (*parameters, *persistent_buffers(model))]
-    names = [name for name in names if ".generators." in name or plain_name(name) in trained]
-    return [*names, *aside_by_key(model)]
+    return [name for name in names if ".generators." in name or plain_name(name) in state.originals]
 
 
 def add_state_hooks(model: nn.Module) -> None:

@@ -26,7 +26,6 @@ class WorkFolder:
 
     Attributes:
         path (Path): where to write.
-        resumed (bool): whether there is work of an earlier process.
 
     Raises:
         AdapterError: another process is at it.
@@ -35,7 +34,6 @@ class WorkFolder:
     def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
         self.out, self.inputs = out, json.loads(json.dumps(inputs))
         self.path = out.parent / f".{out.name}.partial"
-        self.resumed = False
         self._lock = -1
 
     def __enter__(self) -> WorkFolder:
@@ -50,8 +48,7 @@ class WorkFolder:
             raise AdapterError(
                 f"another process is writing {self.out}: wait for it, or choose another folder"
             ) from error
-        self.resumed = self._inputs_before() == self.inputs
-        if not self.resumed:
+        if self._inputs_before() != self.inputs:
             for path in self.path.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_atomically(self.path / _IDENTITY, json.dumps(self.inputs).encode())

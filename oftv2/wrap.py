@@ -13,7 +13,7 @@ from .base_check import keep_sketches
 from .checkpointing import add_hooks, remove_hooks
 from .config import OFTConfig
 from .deepspeed_engine import check_no_engine, serve_deepspeed
-from .errors import AdapterError
+from .errors import AdapterError, itemized
 from .gradient_check import check_gradients
 from .grouping import check_groups, ungroup
 from .grouping import group_projections as group
@@ -137,8 +137,7 @@ def check_sizes(targets: list[Target], config: OFTConfig) -> None:
         except AdapterError as error:
             problems.append(str(error))
     if problems:
-        more = f"\n… and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise AdapterError("\n".join(problems[:5]) + more)
+        raise AdapterError(itemized(problems, most=5, indent=""))
 
 
 def install(
@@ -149,7 +148,7 @@ def install(
     state = AdapterState(
         configs={adapter_name: config},
         sequence=(adapter_name,),
-        trainable_before=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        trainable_before=tuple(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad),
         trained={adapter_name: tuple(trained)},
         originals={name: _value(plain_parameter(model, name)) for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),

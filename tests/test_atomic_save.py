@@ -8,15 +8,34 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 from torch import nn
 
 from oftv2 import AdapterError, load_adapter, save_adapter, wrap_model
+from oftv2.adapter_file import write_atomically
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 VECTORS = torch.randn(3, 16, generator=torch.Generator().manual_seed(7))
+
+
+def test_threads_that_save_at_once_do_not_write_to_one_file(tmp_path, monkeypatch):
+    barrier, fsync = Barrier(2), os.fsync
+
+    def together(file):
+        if not os.path.isdir(f"/proc/self/fd/{file}"):
+            barrier.wait(10)  # both have written, and neither has put its file in place
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", together)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write_atomically, [tmp_path / "file"] * 2, [b"one" * 100, b"two"]))
+    assert (tmp_path / "file").read_bytes() in (b"one" * 100, b"two")
+    assert os.listdir(tmp_path) == ["file"]
+
 
 # Saves the adapter "new" over a copy of "old" again and again, killed by SIGKILL at the n-th file system call: before
 # it, after it, or after a half of what it was to write. One forked child for each n.

@@ -89,6 +89,8 @@ def test_everything_else_in_the_base_comes_along(on_disk, capsys):
     for name in (*kept, *left):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(kept.get(name, "---\nlicense: mit\ntags: [x]\n---\n# Base\n"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": None}))  # as some say of plain ones
     assert run(base, on_disk / "adapter", on_disk / "out") == 0
     said = capsys.readouterr()
     assert f"written to {on_disk / 'out'}" in said.out

@@ -150,6 +150,11 @@ def test_fields_cannot_be_assigned():
             setattr(config, field.name, getattr(config, field.name))
 
 
+def test_equal_configs_have_one_hash():
+    sizes = {"q_proj": 16}
+    assert len({OFTConfig(block_size_pattern=sizes), OFTConfig(block_size_pattern=dict(sizes)), OFTConfig()}) == 2
+
+
 def test_what_the_caller_passed_in_can_change_without_changing_the_config():
     pattern, names = {"q_proj": 8}, ["q_proj"]
     config = OFTConfig(block_size_pattern=pattern, target_modules=names)

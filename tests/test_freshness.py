@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from conftest import randomize
 from oftv2 import AdapterError, OFTConfig, OFTEmbedding, OFTLinear, disable_adapter, reference, wrap_model
+from oftv2 import adapter as adapter_module
 
 
 @pytest.fixture
@@ -188,6 +190,32 @@ def test_a_second_thread_does_not_disable_what_one_has_disabled():
             assert not model[0].enabled
         assert model[0].enabled
         assert other.submit(disabled).result()
+
+
+def test_a_second_thread_does_not_slip_in_while_one_disables(monkeypatch):
+    model = wrap_model(nn.Sequential(nn.Linear(8, 8)), block_size=4)
+    begun, tried = Event(), Event()
+
+    def slowly(*_: object) -> None:
+        if not begun.is_set():
+            begun.set()
+            tried.wait(10)
+
+    def disabled() -> bool:
+        with disable_adapter(model):
+            return not model[0].enabled
+
+    monkeypatch.setattr(adapter_module, "refuse_partitioned", slowly)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(disabled)
+        begun.wait(10)
+        try:
+            with pytest.raises(AdapterError, match="another thread is within disable_adapter"):
+                disabled()
+        finally:
+            tried.set()
+        assert first.result()
+    assert model[0].enabled
 
 
 class TestDtypes:

@@ -86,6 +86,15 @@ def test_hooks_on_a_projection_are_called(pair):
     assert counter.names.count("rotate_group") == len(grouped.model.layers) - 1
 
 
+def test_hooks_on_a_projections_gradient_are_called(pair):
+    _, grouped = pair
+    seen = []
+    projection = grouped.model.layers[0].mlp.up_proj
+    projection.register_full_backward_pre_hook(lambda module, grads: seen.append(grads[0].shape))
+    gradients(grouped)
+    assert seen == [(2, 12, 160)]
+
+
 def test_disabled_merged_and_unwrapped(pair, tiny_llama):
     _, grouped = pair
     base = tiny_llama()(TOKENS).logits

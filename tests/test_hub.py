@@ -122,6 +122,9 @@ def test_a_card_is_renewed_until_somebody_edits_it(tiny_llama, tmp_path):
     card.write_text("Something else")
     save_adapter(model, tmp_path)
     assert card.read_text() == "Something else"
+    card.write_bytes("Grüße".encode("latin-1"))
+    save_adapter(model, tmp_path)
+    assert card.read_bytes() == "Grüße".encode("latin-1")
 
 
 def test_push_to_hub_and_back(tiny_llama, hub):

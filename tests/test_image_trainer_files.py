@@ -60,6 +60,8 @@ UNCERTAIN = {
     "nothing-noted": ({}, {}, "cannot be told"),
     "another-module": ({"ss_network_module": "networks.oft"}, {}, "cannot be told"),
     "dora": (SD_SCRIPTS, {"lora_unet_mid.dora_scale": torch.ones(6)}, "dora_scale changes norms"),
+    "not-packed": (SD_SCRIPTS, {"a.oft_R.weight": torch.ones(3), "a.oft_R.scaled_oft": torch.tensor(1)}, "no packed"),
+    "no-layer": (SD_SCRIPTS, {"lora_unet_down.oft_R.weight": torch.zeros(4, 28)}, "has a ModuleDict there"),
     "elsewhere": (SD_SCRIPTS, {"lora_te_text.oft_R.weight": torch.zeros(2, 28)}, "1 of 3 layers"),
 }
 

@@ -210,6 +210,13 @@ class TestMerge:
         assert not layer.merged
 
 
+def test_what_was_trainable_is_so_again_where_tied_weights_became_two(tiny_llama):
+    model = tiny_llama(tie_word_embeddings=True)
+    merge(wrap_model(model, block_size=16, target_modules=["embed_tokens"]))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_tied_head_of_an_encoder_decoder_is_refused():
     """T5 scales what goes into its head by whether the configuration says that the head is tied."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapted import trained
 from torch import nn
 
@@ -183,6 +184,29 @@ class TestMerge:
         y = twice.train()(torch.randn(3, 24))
         y.sum().backward()
         assert twice.up.generators["default"].grad.any()
+
+    @each_kind
+    @pytest.mark.filterwarnings("ignore::oftv2.RequantizationWarning")
+    def test_requantized_where_accelerate_dispatched(self, kind: str) -> None:
+        """The forward of each layer is replaced on the object, by one that calls that of the quantized original."""
+        x = torch.randn(3, 24)
+        plain, hooked = Block(kind), Block(kind)
+        for name in ("up", "down"):
+            add_hook_to_module(getattr(hooked, name), AlignDevicesHook(execution_device="cpu"))
+        answers = []
+        for model in (plain, hooked):
+            wrap_model(model, block_size=B, target_modules=["up", "down"])
+            randomize(model)
+            answers.append(merge(model, requantize=True)(x))
+        assert torch.equal(*answers)
+
+    def test_requantizing_a_replaced_forward_is_refused(self) -> None:
+        model = wrapped("nf4")
+        forward = model.up.base_layer.forward
+        model.up.base_layer.forward = lambda x: forward(x)
+        with pytest.raises(AdapterError, match=r"^up: the forward of its Linear4bit was replaced"):
+            merge(model, requantize=True)
+        assert not model.up.merged
 
     def test_requantizing_nothing_is_refused(self) -> None:
         model = wrap_model(nn.Sequential(nn.Linear(64, 64)), target_modules=["0"])

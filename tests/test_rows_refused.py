@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import oftv2
 from mixed_batches import ROWS, wrapped
 from oftv2 import AdapterError, adapters_per_row
+from oftv2 import rows as rows_module
 
 
 class Experts(nn.Module):
@@ -118,6 +120,37 @@ class TestRefused:
                     other.submit(serve).result()
                 assert model.model.layers[0].self_attn.q_proj.rows is rows
             assert other.submit(serve).result() == "served"
+        assert model.model.layers[0].self_attn.q_proj.rows is None
+
+    def test_a_second_thread_that_comes_while_one_enters(self, tiny_llama, monkeypatch):
+        model = wrapped(tiny_llama())
+        begun, tried = Event(), Event()
+
+        def slow_batch(*args):
+            if not begun.is_set():
+                begun.set()
+                tried.wait(0.2)  # the second one waits for the first by then
+            return batch(*args)
+
+        def serve() -> str:
+            with adapters_per_row(model, ["chat"]):
+                tried.wait(10)
+                return "served"
+
+        batch = rows_module._Batch
+        monkeypatch.setattr(rows_module, "_Batch", slow_batch)
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(serve)
+            begun.wait(10)
+            try:
+                with (
+                    pytest.raises(AdapterError, match="another thread is within adapters_per_row"),
+                    adapters_per_row(model, ["math"]),
+                ):
+                    pass
+            finally:
+                tried.set()
+            assert first.result() == "served"
         assert model.model.layers[0].self_attn.q_proj.rows is None
 
     def test_changes_within(self, tiny_llama):

@@ -117,6 +117,15 @@ def test_statistics_that_no_adapter_holds_are_warned_of():
         wrap_model(model, block_size=8)
 
 
+def test_training_that_is_turned_on_again_passes_them_over():
+    """As after peft's prepare_model_for_kbit_training, which freezes everything."""
+    model = wrap_model(segformer(), block_size=8)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.requires_grad_(False).enable_input_require_grads()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
 def segformer():
     torch.manual_seed(0)
     lists = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2]}

@@ -273,10 +273,11 @@ class TestDiagnostics:
 
         model = wrap_model(tiny_llama(), block_size=16)
         arguments = TrainingArguments(
-            tmp_path, max_steps=3, logging_steps=1, report_to=[], learning_rate=1e-3, save_strategy="no", use_cpu=True
-        )
+            tmp_path, max_steps=3, logging_steps=1, report_to=[], learning_rate=1e-3, save_strategy="no", use_cpu=True,
+            eval_strategy="steps", eval_steps=1, eval_on_start=True,  # evaluations are logged too
+        )  # fmt: skip
         rows = [{"input_ids": row, "labels": row} for row in IDS]
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[OFTCallback(every=2)])
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:1], callbacks=[OFTCallback(every=2)])
         trainer.train()
         logged = [entry for entry in trainer.state.log_history if "oft/generator_norm" in entry]
         assert [entry["step"] for entry in logged] == [1, 3]
