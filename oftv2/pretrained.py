@@ -215,14 +215,19 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
 
 def present(model: nn.Module) -> None:
     """Gives a transformers model that has been wrapped its subclass; leaves any other model alone."""
-    classes = type(model).__mro__
-    if any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes):
+    if is_pretrained(model):
         model.__class__ = _wrapped_class(type(model))
         watch(model)
         serve_trl()
         serve_accelerate()
         tags: Any = getattr(model, "model_tags", None)
         vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a transformers model."""
+    classes = type(model).__mro__
+    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes)
 
 
 def watch(model: nn.Module) -> None:
