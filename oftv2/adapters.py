@@ -14,6 +14,7 @@ from .errors import AdapterError
 from .gradient_check import check_gradients
 from .optimizer_check import watch_optimizers
 from .pretrained import watch
+from .refused import refuse_methods
 from .sharding import check_unsharded
 from .state import check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
 from .targets import Target, find_targets
@@ -155,6 +156,7 @@ def put(model: nn.Module, adapter_name: str, config: OFTConfig, targets: list[Ta
         layer.activate(state.sequence)
         layer.generators[adapter_name].requires_grad_(False)
     watch(model)
+    refuse_methods(model)
 
 
 def check_names(model: nn.Module, adapter_names: str | Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ class OptimizerWarning(UserWarning):
 
 
 class TargetWarning(UserWarning):
-    """What an adapter leaves out, though it matters: the experts of mixtures, or running statistics."""
+    """What an adapter leaves out, though it matters: experts of mixtures, running statistics, layers that are read."""
 
 
 class PeftFormatWarning(UserWarning):

@@ -88,8 +88,8 @@ class OFTLinear(OFTLayer):
         if form == WEIGHT and (packed := self.changing_generators()) is not None:
             rotation = self.rotation
             settings = rotation.block_size, rotation.terms
-            return F.neumann_weight_form(x, packed, self.weight, self.bias, *settings)
-        return F.oft_linear(x, self.delta(x.dtype), self.weight, self.bias, form=form, direct=True)
+            return F.neumann_weight_form(x, packed, self.base_layer.weight, self.bias, *settings)
+        return F.oft_linear(x, self.delta(x.dtype), self.base_layer.weight, self.bias, form=form, direct=True)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; RuntimeError where it lets no gradient through."""

@@ -1,4 +1,4 @@
-"""A warning where an optimizer trains nothing, because it was made before the adapter was."""
+"""Warnings at an optimizer's first steps: it was made before the adapter was, or layers are read and not called."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .errors import OptimizerWarning
+from .base import OFTLayer
+from .errors import OptimizerWarning, TargetWarning
 from .state import oft_layers
 
 # By model whose adapter no optimizer has trained yet, how often each optimizer that stepped has been looked at.
@@ -24,7 +25,8 @@ def watch_optimizers(model: nn.Module) -> None:
 
     It does so at the optimizer's second step, for another one may train the adapter; with the first step of such a one
     the search ends. Whether anything got a gradient or changed does not matter, so accumulation, skipped steps and a
-    learning rate of 0 do not either.
+    learning rate of 0 do not either. At that first step it warns of layers whose weight was read, and whose adapter got
+    no gradient where others did: they were multiplied by, and never called.
 
     Args:
         model (nn.Module): a wrapped model, of which generators just began to train.
@@ -46,6 +48,7 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trains = [p for _, layer in oft_layers(model) for p in layer.generators.values() if p.requires_grad]
         if any(id(parameter) in held for parameter in trains):
             del _watched[model]
+            _warn_of_reads(model, held)
         elif trains and look == _LOOKS and any(id(p) in held for p in model.parameters() if not p.requires_grad):
             del _watched[model]
             _warn(model, optimizer)
@@ -59,3 +62,24 @@ def _warn(model: nn.Module, optimizer: Optimizer) -> None:
         OptimizerWarning,
         stacklevel=4,  # the line that calls optimizer.step()
     )
+
+
+def _warn_of_reads(model: nn.Module, held: set[int]) -> None:
+    trained = {path: _held(layer, held) for path, layer in oft_layers(model) if layer.weight_read}
+    dead = [path for path, packed in trained.items() if packed and all(p.grad is None for p in packed)]
+    if not dead or not any(p.grad is not None for _, layer in oft_layers(model) for p in _held(layer, held)):
+        return
+    reader = type(model.get_submodule(dead[0].rpartition(".")[0])).__name__
+    leaves = sorted({path.rpartition(".")[2] for path in dead})
+    others = f" (and {len(dead) - 1} other layers)" if len(dead) > 1 else ""
+    warnings.warn(
+        f"{dead[0]}{others} got no gradient: the {reader} reads this layer's weight instead of calling it, so its "
+        f"adapter never trains. exclude_modules={leaves} leaves such layers out",
+        TargetWarning,
+        stacklevel=4,  # the line that calls optimizer.step()
+    )
+
+
+def _held(layer: OFTLayer, held: set[int]) -> list[Tensor]:
+    """The generators of a layer that train, of those parameters."""
+    return [packed for packed in layer.generators.values() if packed.requires_grad and id(packed) in held]

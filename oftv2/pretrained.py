@@ -25,6 +25,7 @@ from .hub import push_adapters, serve_trainer, upload_adapters
 from .model_card import TAGS
 from .output_head import unwatch_head, watch_head
 from .partitioned import filled
+from .peft_state import add_peft_hook, remove_peft_hook
 from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
@@ -213,14 +214,20 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
 
 def present(model: nn.Module) -> None:
     """Gives a transformers model that has been wrapped its subclass; leaves any other model alone."""
-    classes = type(model).__mro__
-    if any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes):
+    if is_pretrained(model):
         model.__class__ = _wrapped_class(type(model))
+        add_peft_hook(model)
         watch(model)
         serve_trl()
         serve_accelerate()
         tags: Any = getattr(model, "model_tags", None)
         vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a transformers model."""
+    classes = type(model).__mro__
+    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers") for cls in classes)
 
 
 def watch(model: nn.Module) -> None:
@@ -235,6 +242,7 @@ def unpresent(model: nn.Module) -> None:
     """Back to the class it had."""
     if isinstance(model, WrappedPreTrainedModel):
         model.__class__ = type(model).__mro__[2]
+        remove_peft_hook(model)
         forget_float32(model)
         unwatch_head(model)
         tags = [tag for tag in vars(model).get("model_tags") or () if tag not in TAGS]
@@ -250,7 +258,7 @@ def read_from_gguf(model: nn.Module) -> bool:
 
 
 def forget_quantization(model: nn.Module) -> None:
-    """Takes from a transformers model, none of whose layers is quantized any more, the word that it is."""
+    """Takes from a model of transformers' or diffusers' that is not quantized any more the word that it is."""
     if "is_quantized" not in vars(model):
         return
     model.is_quantized = False  # type: ignore[assignment]
@@ -259,8 +267,13 @@ def forget_quantization(model: nn.Module) -> None:
     for bits in ("4bit", "8bit"):
         vars(model).pop(f"is_loaded_in_{bits}", None)
         vars(model).pop(f"is_{bits}_serializable", None)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        vars(model.config).pop(name, None)
+    config: Any = model.config
+    names = ("quantization_config", "_pre_quantization_dtype")
+    if isinstance(config, dict):  # diffusers', which cannot lose an entry
+        model._internal_dict = type(config)({k: v for k, v in config.items() if k not in names})  # type: ignore
+        return
+    for name in names:
+        vars(config).pop(name, None)
 
 
 def _wrapped_class(cls: type) -> type:

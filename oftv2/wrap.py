@@ -20,6 +20,7 @@ from .grouping import group_projections as group
 from .optimizer_check import watch_optimizers
 from .partitioned import gathered
 from .pretrained import present, unpresent
+from .refused import allow_methods, refuse_methods
 from .rotation import Rotation
 from .sharding import check_unsharded
 from .state import (
@@ -163,6 +164,7 @@ def install(
     _use_nested_tensors(model, state, False)
     set_state(model, state)
     present(model)
+    refuse_methods(model)
     serve_deepspeed()
 
 
@@ -202,6 +204,7 @@ def uninstall(model: nn.Module) -> None:
         parameter.requires_grad_(name in state.trainable_before)
     set_state(model, None)
     unpresent(model)
+    allow_methods(model)
 
 
 def check_model(model: nn.Module, adapter_name: str) -> None:

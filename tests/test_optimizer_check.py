@@ -1,8 +1,9 @@
-"""An optimizer made before the adapter trains nothing, and says so; any that trains the adapter, or may, does not."""
+"""An optimizer made before the adapter, and layers that are never called, are reported; any others are not."""
 
 from __future__ import annotations
 
 import gc
+import linecache
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import oftv2
-from oftv2 import OptimizerWarning, wrap_model
+from oftv2 import OptimizerWarning, TargetWarning, wrap_model
 from oftv2.optimizer_check import _watched
 
 STEPS = 4
@@ -135,3 +136,37 @@ def test_a_frozen_adapter_is_silent(silent, tmp_path):
     oftv2.load_adapter(model, folder, check_base=False)
     train(nn.Sequential(model, head), optimizer)
     assert model not in _watched
+
+
+class ReadingAttention(nn.Module):
+    """As timm's BEiT and EVA, and CLIP's pooling: a projection is multiplied by, and not called; ``proj`` is both."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = torch.nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+def test_layers_that_are_read_and_not_called_are_reported_once():
+    model = wrap_model(nn.Sequential(ReadingAttention(), ReadingAttention()), block_size=4)
+    with pytest.warns(TargetWarning) as caught:
+        train(model, AdamW([p for p in model.parameters() if p.requires_grad]))
+    (warning,) = caught
+    assert "optimizer.step()" in linecache.getline(warning.filename, warning.lineno)
+    assert str(warning.message).startswith("0.qkv (and 1 other layers) got no gradient: the ReadingAttention reads ")
+    assert str(warning.message).endswith("exclude_modules=['qkv'] leaves such layers out")
+
+
+def test_layers_that_are_read_and_called_or_left_out_are_silent(silent):
+    model = wrap_model(ReadingAttention(), block_size=4, exclude_modules=["qkv"])
+    model.proj.weight.requires_grad_(False)  # any other reading
+    train(model, AdamW([p for p in model.parameters() if p.requires_grad]))
+
+
+def test_layers_that_take_no_part_in_a_step_are_silent(silent):
+    model = nn.ModuleDict({"used": mlp(), "unused": mlp()})
+    wrap_model(model, block_size=4)
+    train(model["used"], AdamW([p for p in model.parameters() if p.requires_grad]))

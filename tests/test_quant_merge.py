@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,3 +271,28 @@ class TestMerge:
 
 
 # ------------------------------------------------------------------------------------------------- a language model
+
+
+class FrozenDict(OrderedDict):
+    """As diffusers': entries that are attributes too, and that stay."""
+
+    def __init__(self, entries) -> None:
+        super().__init__(entries)
+        vars(self).update(entries)
+
+    def pop(self, *_: Any) -> None:
+        raise AttributeError("a FrozenDict")
+
+
+def test_a_model_of_diffusers_forgets_that_it_was_quantized() -> None:
+    class Denoiser(Block):
+        is_quantized = True
+        config = property(lambda self: self._internal_dict)
+
+    model = Denoiser("nf4")
+    model.is_quantized, model.quantization_method = True, "bitsandbytes"
+    model._internal_dict = FrozenDict({"width": 24, "quantization_config": {"load_in_4bit": True}})
+    merge(wrap_model(model, block_size=B, target_modules=["up", "down"]))
+    assert not model.is_quantized
+    assert dict(model.config) == {"width": 24}
+    assert vars(model.config).keys() & {"width", "quantization_config"} == {"width"}

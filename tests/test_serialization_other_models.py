@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import BertForSequenceClassification
 
+import conftest
 from loading_faults import FIELDS, KEY, build, plain, read, refused, saved_adapter, wrapped
-from oftv2 import load_adapter, merge, wrap_model
+from oftv2 import load_adapter, merge, unwrap_model, wrap_model
+from peers import relative
+from small_models import answer, bert
 
 
 @pytest.fixture
@@ -61,3 +65,24 @@ def test_weights_that_were_finetuned_are_other_weights(folder):
 
     error = refused(make, folder, "2: the base weights differ by ")
     assert "0: " not in error
+
+
+@pytest.mark.parametrize("fields", [{}, {"parametrization": "cayley"}, {"scale_generators": True}])
+def test_the_state_dictionary_of_a_saved_model_that_transformers_read_with_peft(fields, tmp_path):
+    """As sentence-transformers' trainers resume, and restore the best checkpoint."""
+    ids = torch.arange(6)[None]
+    conftest.build(bert).save_pretrained(tmp_path / "base")
+    from_pretrained = BertForSequenceClassification.from_pretrained
+    model = wrap_model(from_pretrained(tmp_path / "base").eval(), block_size=8, **fields)
+    conftest.randomize(model)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path / "saved")
+    saved = nn.Sequential(from_pretrained(tmp_path / "saved")).state_dict()
+    assert any(".oft_R." in key for key in saved)  # peft is installed
+    again = wrap_model(from_pretrained(tmp_path / "base").eval(), block_size=8, **fields)
+    nn.Sequential(again).load_state_dict(saved)
+    torch.testing.assert_close(dict(again.named_parameters()), dict(model.named_parameters()), rtol=1e-6, atol=0)
+    assert relative(answer(again, ids), answer(model, ids)) < 1e-6
+    with pytest.raises(RuntimeError, match=r"Missing key.*generators.default"):
+        again.load_state_dict({key: value for key, value in saved.items() if ".oft_R." not in key})
+    assert not unwrap_model(again)._load_state_dict_pre_hooks
