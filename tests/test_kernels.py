@@ -272,5 +272,5 @@ def test_second_derivatives_are_refused(kernel_device):
         F.rotate(x, F.cayley_neumann(generators.requires_grad_(), 8)),
         F.rotate_group(x, [F.cayley(generators, 8)])[0],
     ):
-        with pytest.raises(RuntimeError, match="rotate(_group)?_backward has no derivative of its own"):
+        with pytest.raises(RuntimeError, match=r"rotate(_group)?_backward has no derivative of its own"):
             torch.autograd.grad(y.square().sum(), x, create_graph=True)
