@@ -17,6 +17,7 @@ from ._eager import Transform
 from .base import OFTLayer
 from .checkpointing import in_checkpoint
 from .functional import can_be_direct
+from .optimizer_check import check_exchanged
 from .rotation import KeptRotation
 from .sharding import is_distributed
 
@@ -46,7 +47,10 @@ def hand_out(model: nn.Module, args: Any) -> None:
     Processes that share the work exchange each layer's gradients while the next are computed; there each makes its own.
     """
     take_back(model)  # what is left of a pass that a KeyboardInterrupt ended
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_distributed() or in_checkpoint():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_checkpoint():
+        return
+    if is_distributed():
+        check_exchanged(model)
         return
     alike: dict[tuple[int, int, torch.dtype], list[tuple[OFTLayer, Tensor]]] = {}
     for module in model.modules():
