@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -59,13 +59,24 @@ def transforms(generators: Tensor, block_size: int) -> bool:
     return cayley.supports(generators.dtype, block_size)
 
 
+def _require_grad(values: Iterable[Any]) -> bool:
+    return any(_require_grad(v) if isinstance(v, list) else getattr(v, "requires_grad", False) for v in values)
+
+
 def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Notes a function as the CUDA implementation of an operator, for the arguments that it takes."""
 
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def implementation(*args: Any) -> Any:
-            return function(*args) if when(*args) else DEFAULTS[name](*args)
+            if not when(*args):
+                return DEFAULTS[name](*args)
+            if torch.is_grad_enabled() and _require_grad(args):  # autograd's own calls are without: create_graph=True
+                raise RuntimeError(
+                    f"oftv2: the kernel for {name} has no derivative of its own, so there are no second derivatives on "
+                    "this device: leave out create_graph=True, or compute them on a CPU"
+                )
+            return function(*args)
 
         _IMPLEMENTATIONS[name] = implementation
         return function

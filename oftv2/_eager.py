@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._ops import DEFAULTS
 from ._weight_form import rotated
@@ -50,7 +49,6 @@ class Transform(torch.autograd.Function):
         return tuple(_together("cayley_neumann", (generators,), block_size, terms))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 2]]
         if any(version(ctx.generators[i]) != ctx.versions[i] for i in wanted):
@@ -83,7 +81,6 @@ class Rotate(torch.autograd.Function):
         return DEFAULTS["rotate"](x, delta)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, delta = ctx.saved_tensors
         wants_x, wants_delta = ctx.needs_input_grad
@@ -100,7 +97,6 @@ class WeightForm(torch.autograd.Function):
         return DEFAULTS["weight_form"](x, delta, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, weight = ctx.saved_tensors
         grad_x = grad @ rotated(weight, delta)

@@ -92,7 +92,8 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
         for part in _chunks(flat):
             out.view(flat.shape)[part] = rotate(flat[part].float(), delta)
         return out
-    if x.element_size() < 4 or x.shape[:-1].numel() < FEW_TOKENS:
+    recorded = torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad)  # for second derivatives
+    if x.element_size() < 4 or x.shape[:-1].numel() < FEW_TOKENS or recorded:
         return rotate_few(x, delta.to(x.dtype))
     # In float32 and above R = I + Δ loses nothing that rounding the result would keep, and saves a pass over x.
     R = add_identity(delta.to(x.dtype))

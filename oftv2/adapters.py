@@ -9,14 +9,14 @@ from torch import nn
 
 from .base import OFTLayer
 from .config import OFTConfig
-from .deepspeed_engine import check_no_engine
+from .deepspeed_engine import check_engine_trains, check_no_engine
 from .errors import AdapterError
 from .gradient_check import check_gradients
 from .optimizer_check import watch_optimizers
 from .pretrained import watch
 from .refused import refuse_methods
 from .sharding import check_unsharded
-from .state import check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
+from .state import adapter_parameters, check_known, get_state, layers_of, oft_layers, plain_view, trained_parameters
 from .targets import Target, find_targets
 from .trained import check_here, check_together, exchange, forget, set_aside, set_trainable
 from .wrap import check_name, check_sizes, merged_config, put_on_targets, release, trained_names
@@ -76,10 +76,14 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str], *, trainab
 
     Raises:
         AdapterError: not wrapped, merged, or within ``disable_adapter``; no name, an unknown one, or one twice; two
-            adapters that train the same base parameter in full.
+            adapters that train the same base parameter in full; with ``trainable=True``, a model in a DeepSpeed engine
+            that would not train them. (Of an optimizer that would not, a warning tells at its second step, and
+            DistributedDataParallel that was made before is refused in the next pass.)
     """
     names = check_sequence(model, adapter_names)
     check_changeable(model)
+    if trainable:
+        check_engine_trains(model, [p for name in names for p in adapter_parameters(model, name)])
     activate(model, names, trainable=trainable)
     watch_optimizers(model)
     return model

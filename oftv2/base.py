@@ -305,7 +305,11 @@ class OFTLayer(MergeableLayer):
         self._cache = None
         if self._merged_delta is not None:
             self._merged_delta = self._merged_delta.to(fn(self._merged_delta).device)
-        return super()._apply(keep_wide, recurse)
+        without_values = [name for name, parameter in self.generators.items() if parameter.is_meta]
+        super()._apply(keep_wide, recurse)
+        for name in without_values:  # to_empty has left what was in the memory
+            self.reset_parameters(name)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None

@@ -43,6 +43,21 @@ def check_no_engine(model: nn.Module) -> None:
         )
 
 
+def check_engine_trains(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Raises AdapterError where some of these parameters are frozen, and in no optimizer of the model's engine."""
+    engines = [engine for engine in _engines if engine.module is model and _trains(engine)]
+    if not engines and not any(map(has_master, model.parameters())):
+        return
+    groups = [group for engine in engines for group in getattr(engine.basic_optimizer, "param_groups", ())]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if any(not (p.requires_grad or has_master(p) or id(p) in held) for p in parameters):
+        raise AdapterError(
+            f"this {type(model).__name__} is in a DeepSpeed engine, whose optimizer was made without some of what is "
+            "to train now: call set_adapter before deepspeed.initialize (or before the trainer starts), or with "
+            "trainable=False"
+        )
+
+
 def keeps_copies(model: nn.Module, parameters: Iterable[Tensor]) -> bool:
     """Whether a DeepSpeed engine keeps copies of these parameters, and writes them over the parameters at each step."""
     if any(map(has_master, parameters)):

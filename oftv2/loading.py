@@ -10,7 +10,7 @@ from torch import nn
 
 from .adapter_file import AdapterFile
 from .adapters import check_addable, put
-from .base import DEFAULT_ADAPTER
+from .base import DEFAULT_ADAPTER, OFTLayer
 from .base_check import compare_base, keep_sketches
 from .deepspeed_engine import keeps_copies
 from .errors import AdapterError, PeftFormatWarning, refuse
@@ -24,10 +24,11 @@ from .fitting import (
 )
 from .gradient_check import check_gradients
 from .merged_before import config_of, merged_before
+from .merging import placement
 from .optimizer_check import watch_optimizers
 from .partitioned import gathered, refuse_partitioned
 from .reading import read_adapter
-from .sharding import check_unsharded
+from .sharding import check_unsharded, is_distributed
 from .single_file import located
 from .state import adapter_parameters, check_known, find_state, get_state, layers_of, plain_view, trained_parameters
 from .trained import base_values, check_here, set_trainable
@@ -65,8 +66,8 @@ def load_adapter(
 
     Raises:
         AdapterError: one error that lists all that is wrong: unreadable or truncated files, missing and unexpected
-            tensors, shapes, NaN or Inf, layers that the model lacks, other base weights. With ``trainable=True`` also
-            a layer that lets no gradient through.
+            tensors, shapes, NaN or Inf, layers that the model lacks or has on the meta device, other base weights. With
+            ``trainable=True`` also a layer that lets no gradient through.
     """
     state = find_state(model)
     adapter = _read_for(model, folder, as_trained, adapter_name or DEFAULT_ADAPTER)
@@ -184,6 +185,7 @@ def _check_fit(
     """Raises one AdapterError for all that keeps the adapter from fitting."""
     problems = check_tensors(adapter) + problems
     if not problems:
+        _check_has_values(model, adapter)
         check_here(model, adapter.trained)
     if check_base and not problems:
         sketched = {name: model.get_submodule(name) for name in adapter.base.get("sketches", {})}
@@ -192,6 +194,19 @@ def _check_fit(
             found = merged_before(config_of(model), adapter) or compare_base(model, adapter.base)
         problems += [f"{problem}; check_base=False loads it all the same" for problem in found]
     refuse(f"the adapter in {folder} does not fit, and nothing was loaded", problems)
+
+
+def _check_has_values(model: nn.Module, adapter: AdapterFile) -> None:
+    """Raises AdapterError where generators would be on the meta device; see :func:`oftv2.trained.check_here`."""
+    for path in adapter.block_sizes:
+        module = model.get_submodule(path)
+        generators = module.generators.values() if isinstance(module, OFTLayer) else ()
+        where = {parameter.device.type for parameter in generators} or {placement(module)[0].type}
+        if "meta" in where and not is_distributed():
+            raise AdapterError(
+                f"{path} is on the meta device, where the adapter's values would be lost, and nothing was loaded: give "
+                "the base model its weights first (from_pretrained, or to_empty and load_state_dict)"
+            )
 
 
 @torch.no_grad()

@@ -1,27 +1,39 @@
-"""Warnings at an optimizer's first steps: it was made before the adapter was, or layers are read and not called."""
+"""Warnings at an optimizer's first steps: it was made before the adapter was, or layers are read and not called; and
+DistributedDataParallel that was made before."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .base import OFTLayer
-from .errors import OptimizerWarning, TargetWarning
+from .errors import AdapterError, OptimizerWarning, TargetWarning
 from .state import oft_layers
 
-# By model whose adapter no optimizer has trained yet, how often each optimizer that stepped has been looked at.
-_watched: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Optimizer, int]] = WeakKeyDictionary()
+
+@dataclass
+class _Watch:
+    """How often each optimizer that stepped has been looked at, and the adapters that one of them trains."""
+
+    looks: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
+    trained: set[str] = field(default_factory=set)
+
+
+_watched: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()  # by model with an adapter that none trains yet
 _LOOKS = 2
 _hooks: list[Any] = []  # the one on all optimizers, from the first model on
+_exchanged: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # what trained in the first pass in a DDP
 
 
 def watch_optimizers(model: nn.Module) -> None:
-    """Warns, once, if an optimizer steps that holds what is frozen in this model and nothing of its adapter.
+    """Warns, once, if an optimizer steps that holds something of this model, and no optimizer holds an adapter of it.
 
     It does so at the optimizer's second step, for another one may train the adapter; with the first step of such a one
     the search ends. Whether anything got a gradient or changed does not matter, so accumulation, skipped steps and a
@@ -33,32 +45,46 @@ def watch_optimizers(model: nn.Module) -> None:
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_look))
-    _watched[model] = WeakKeyDictionary()
+    _watched[model] = _Watch()
 
 
 def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not _watched:
         return
-    for model, looks in list(_watched.items()):
-        look = looks.get(optimizer, 0) + 1
+    for model, watch in list(_watched.items()):
+        look = watch.looks.get(optimizer, 0) + 1
         if look > _LOOKS:
             continue
-        looks[optimizer] = look
+        watch.looks[optimizer] = look
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        trains = [p for _, layer in oft_layers(model) for p in layer.generators.values() if p.requires_grad]
-        if any(id(parameter) in held for parameter in trains):
+        trains = _trains(model)
+        watch.trained |= {name for name, own in trains.items() if any(id(parameter) in held for parameter in own)}
+        missing = [name for name in trains if name not in watch.trained]
+        adapters = {id(parameter) for own in trains.values() for parameter in own}
+        others = (p for p in model.parameters() if not p.requires_grad or id(p) in adapters)
+        if trains and not missing:
             del _watched[model]
             _warn_of_reads(model, held)
-        elif trains and look == _LOOKS and any(id(p) in held for p in model.parameters() if not p.requires_grad):
+        elif missing and look == _LOOKS and any(id(parameter) in held for parameter in others):
             del _watched[model]
-            _warn(model, optimizer)
+            _warn(model, optimizer, missing)
 
 
-def _warn(model: nn.Module, optimizer: Optimizer) -> None:
+def _trains(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The generators that train, by adapter."""
+    found: dict[str, list[Tensor]] = {}
+    for _, layer in oft_layers(model):
+        for name, packed in layer.generators.items():
+            if packed.requires_grad:
+                found.setdefault(name, []).append(packed)
+    return found
+
+
+def _warn(model: nn.Module, optimizer: Optimizer, missing: list[str]) -> None:
     warnings.warn(
-        f"this {type(optimizer).__name__} trains nothing of the adapter in the {type(model).__name__}: it holds "
-        "parameters that are frozen now and none of the adapter's. Make the optimizer after wrap_model, load_adapter "
-        "or set_adapter: AdamW([p for p in model.parameters() if p.requires_grad])",
+        f"this {type(optimizer).__name__} trains nothing of the adapter {missing[0]!r} in the {type(model).__name__}: "
+        "it holds other parameters of the model and none of that adapter's. Make the optimizer after wrap_model, "
+        "load_adapter or set_adapter: AdamW([p for p in model.parameters() if p.requires_grad])",
         OptimizerWarning,
         stacklevel=4,  # the line that calls optimizer.step()
     )
@@ -83,3 +109,21 @@ def _warn_of_reads(model: nn.Module, held: set[int]) -> None:
 def _held(layer: OFTLayer, held: set[int]) -> list[Tensor]:
     """The generators of a layer that train, of those parameters."""
     return [packed for packed in layer.generators.values() if packed.requires_grad and id(packed) in held]
+
+
+def check_exchanged(model: nn.Module) -> None:
+    """In a pass of DistributedDataParallel, which exchanges the gradients of what trained when it was made.
+
+    Raises:
+        AdapterError: generators began to train after its first pass: each process would train its own.
+    """
+    ddp: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return
+    now = {id(packed): name for name, own in _trains(model).items() for packed in own}
+    new = [name for key, name in now.items() if key not in _exchanged.setdefault(ddp, set(now))]
+    if new:
+        raise AdapterError(
+            f"the adapter {new[0]!r} trains since set_adapter, and this DistributedDataParallel was made before and "
+            "would not exchange its gradients: make it anew, DistributedDataParallel(model), after set_adapter"
+        )

@@ -170,7 +170,6 @@ class _Product(torch.autograd.Function):
         return base_layer(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         backend = find_backend(ctx.base_layer)
         assert backend is not None

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from .errors import AdapterError
+
+_PACK = "init_continuous_batching"  # with what generate_batch begins
 _EXPAND = "_expand_inputs_for_generation"  # with what generate repeats rows
 
 
@@ -31,9 +34,10 @@ def following_generate(module: nn.Module, repeats: Repeats) -> Iterator[None]:
     if not hasattr(module, _EXPAND):
         yield
         return
-    own = {name: vars(module).get(name) for name in ("generate", _EXPAND)}
-    for (name, function), stand_in in zip(own.items(), (_Generate, _Expand), strict=True):
-        setattr(module, name, stand_in(module, name, function, repeats))
+    stand_ins = {"generate": _Generate, _EXPAND: _Expand, _PACK: _Pack}
+    own = {name: vars(module).get(name) for name in stand_ins if hasattr(module, name)}
+    for name, function in own.items():
+        setattr(module, name, stand_ins[name](module, name, function, repeats))
     try:
         yield
     finally:
@@ -71,3 +75,12 @@ class _Expand(_StandIn):
         method = self.method()
         self.repeats.number = inspect.signature(method).bind(*args, **kwargs).arguments.get("expand_size", 1)
         return method(*args, **kwargs)
+
+
+class _Pack(_StandIn):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AdapterError(
+            f"this {type(self.module).__name__} is within adapters_per_row, and continuous batching (generate_batch) "
+            "lays out all requests in one row, where no layer can tell them apart: call generate, or set_adapter and "
+            "then generate_batch for each adapter"
+        )

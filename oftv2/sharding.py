@@ -120,6 +120,11 @@ def warning_of_waits(call: str) -> Iterator[None]:
         timer.cancel()
 
 
+def is_distributed() -> bool:
+    """Whether several processes work together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_writer() -> bool:
     """Whether this is the process that writes what all of them gathered."""
     return torch.distributed.get_rank() == 0

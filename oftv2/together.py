@@ -17,7 +17,9 @@ from ._eager import Transform
 from .base import OFTLayer
 from .checkpointing import in_checkpoint
 from .functional import can_be_direct
+from .optimizer_check import check_exchanged
 from .rotation import KeptRotation
+from .sharding import is_distributed
 
 # Generators that are transformed at once (2 threads, float32, b = 32, a step of 64 tokens of SmolLM2-135M, with 4680
 # blocks in 210 layers: 480 ms in parts of 130 to 530 blocks, 505 in parts of 35, 540 in one).
@@ -45,8 +47,10 @@ def hand_out(model: nn.Module, args: Any) -> None:
     Processes that share the work exchange each layer's gradients while the next are computed; there each makes its own.
     """
     take_back(model)  # what is left of a pass that a KeyboardInterrupt ended
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or distributed or in_checkpoint():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_checkpoint():
+        return
+    if is_distributed():
+        check_exchanged(model)
         return
     alike: dict[tuple[int, int, torch.dtype], list[tuple[OFTLayer, Tensor]]] = {}
     for module in model.modules():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, TargetWarning
 from .partitioned import refuse_partitioned
-from .sharding import is_fsdp, is_sharded, plain_path
+from .sharding import is_distributed, is_fsdp, is_sharded, plain_path
 from .state import (
     AdapterState,
     find_state,
@@ -80,14 +80,21 @@ def check_together(model: nn.Module, adapter_names: Sequence[str]) -> None:
 
 
 def check_here(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises AdapterError where accelerate offloaded a parameter that is to train in full: what is written is lost."""
-    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return  # a model that is made on the meta device gets its values later
+    """Raises AdapterError where a parameter that is to train in full has no values here: what is written is lost.
+
+    Processes that get their values from another one are let through: FSDP has rank 0 alone load a model.
+    """
+    offloads = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not offloads and is_distributed():
+        return
     for name in names:
         if plain_parameter(model, name).is_meta:
             raise AdapterError(
                 f"{name} is offloaded, and an adapter that trains it in full (modules_to_save, bias) would lose its "
                 "values: give its module a device of its own in device_map, or load the base without offloading"
+                if offloads
+                else f"{name} is on the meta device, and an adapter that trains it in full (modules_to_save, bias) "
+                "has to know the base model's values: load these first, or leave it out"
             )
 
 

@@ -29,6 +29,7 @@ from oftv2 import (
     load_adapter,
     merge,
     save_adapter,
+    set_adapter,
     wrap_model,
 )
 from oftv2.adapter import count_parameters
@@ -160,6 +161,16 @@ def engine_class(monkeypatch):
     for _ in range(2):  # the second time changes nothing
         serve_deepspeed()
     return served
+
+
+def test_an_adapter_that_the_engine_would_not_train_is_refused(engine_class):
+    model = add_adapter(wrap_model(nn.Sequential(nn.Linear(32, 16)), block_size=8), "other", block_size=8)
+    engine = engine_class(model)
+    engine.basic_optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(AdapterError, match=r"DeepSpeed engine, whose optimizer was made without .* trainable=False"):
+        set_adapter(model, "other")
+    set_adapter(model, "other", trainable=False)
+    set_adapter(model, "default")  # which it holds, frozen in between or not
 
 
 def test_generators_are_not_rounded_and_the_engine_is_known(engine_class, tmp_path):

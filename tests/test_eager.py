@@ -115,15 +115,30 @@ def test_operators_are_called_where_something_looks_at_them():
     torch.testing.assert_close(F.neumann_weight_form(x, generators, weight.as_subclass(Tagged), None, 8), Tagged(y))
 
 
-def test_second_derivatives_are_refused():
-    x, generators = operands(9, 24, 8)
-    (first,) = torch.autograd.grad(F.neumann_rotate(x, generators, 8).square().sum(), generators, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-    y = F.neumann_weight_form(x, generators, torch.randn(7, 24), None, 8)
-    (first,) = torch.autograd.grad(y.square().sum(), generators, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize("form", ["input", "weight"])
+@pytest.mark.parametrize("tokens", [9, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_derivatives_beside_another_path(tokens, dtype, form):
+    """What differentiates once alone is passed over by ``autograd.grad`` where a residual leads to the same inputs."""
+    x, generators = operands(tokens // 2, 24, 8, dtype)
+    x, weight = x.detach().requires_grad_(), torch.randn(24, 24, dtype=dtype)
+
+    def ours(x, packed):
+        if form == "weight":
+            return F.neumann_weight_form(x, packed, weight, None, 8)
+        return F.neumann_rotate(x, packed, 8) @ weight.mT
+
+    def theirs(x, packed):
+        return reference.rotate(x, reference.cayley_neumann(reference.skew(packed, 8), 4)) @ weight.mT.double()
+
+    def penalties(layer, x, packed):
+        loss = (x + torch.tanh(layer(x, packed))).square().sum()
+        gradients = torch.autograd.grad(loss, [x, packed], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, packed])
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, generators)]
+    for actual, expected in zip(penalties(ours, x, generators), penalties(theirs, *wide), strict=True):
+        assert_close("second derivative", actual, expected, 2e-5)
 
 
 def test_layers_use_it_and_wrong_features_are_refused():

@@ -262,3 +262,15 @@ def test_opcheck(kernel_device):
         torch.library.opcheck(
             op.default, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
         )
+
+
+def test_second_derivatives_are_refused(kernel_device):
+    """A kernel's results would count as constants, and the second derivative be wrong without a word."""
+    x, generators = on(kernel_device, torch.float32, rounded(3, 16, dtype=torch.float32), packed(2, 8))
+    x.requires_grad_()
+    for y in (
+        F.rotate(x, F.cayley_neumann(generators.requires_grad_(), 8)),
+        F.rotate_group(x, [F.cayley(generators, 8)])[0],
+    ):
+        with pytest.raises(RuntimeError, match=r"rotate(_group)?_backward has no derivative of its own"):
+            torch.autograd.grad(y.square().sum(), x, create_graph=True)

@@ -9,10 +9,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import oftv2
-from oftv2 import OptimizerWarning, TargetWarning, wrap_model
+from oftv2 import AdapterError, OptimizerWarning, TargetWarning, wrap_model
 from oftv2.optimizer_check import _watched
 
 STEPS = 4
@@ -49,7 +50,9 @@ def test_an_optimizer_made_before_wrapping_is_reported_once_where_it_steps():
     model = mlp()
     optimizer = AdamW(model.parameters())
     wrap_model(model, block_size=4)
-    with pytest.warns(OptimizerWarning, match="this AdamW trains nothing of the adapter in the Sequential") as caught:
+    with pytest.warns(
+        OptimizerWarning, match="AdamW trains nothing of the adapter 'default' in the Sequential"
+    ) as caught:
         train(model, optimizer)
     assert [warning.filename for warning in caught] == [__file__]
     assert model not in _watched
@@ -71,6 +74,39 @@ def test_made_for_another_adapter():
     oftv2.set_adapter(oftv2.add_adapter(model, "second", block_size=2), "second")
     with pytest.warns(OptimizerWarning):
         train(model, optimizer)
+
+
+def test_made_before_another_adapter_trains_too():
+    model = oftv2.add_adapter(wrapped(), "second", block_size=2)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    oftv2.set_adapter(model, ["default", "second"])
+    with pytest.warns(OptimizerWarning, match="nothing of the adapter 'second'"):
+        train(model, optimizer)
+
+
+def test_two_optimizers_of_two_adapters_are_silent(silent):
+    model = oftv2.add_adapter(wrapped(), "second", block_size=2)
+    oftv2.set_adapter(model, ["default", "second"])
+    own = [[p for name, p in model.named_parameters() if name.endswith(adapter)] for adapter in ("default", "second")]
+    train(model, *(SGD(parameters, lr=0.1) for parameters in own))
+
+
+def test_ddp_made_before_another_adapter_trains_is_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = oftv2.add_adapter(wrapped(), "second", block_size=2)
+        ddp = DistributedDataParallel(model)
+        train(ddp)
+        oftv2.set_adapter(model, "default")  # trains as before
+        train(ddp)
+        oftv2.set_adapter(model, ["default", "second"])
+        with pytest.raises(AdapterError, match="'second' trains since set_adapter, and this DistributedDataParallel"):
+            ddp(torch.randn(3, 8))
+        with torch.no_grad():
+            ddp(torch.randn(3, 8))
+        train(DistributedDataParallel(model))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_made_before_with_a_head_that_it_does_train():

@@ -81,7 +81,7 @@ class TestLanguageModel:
             with pytest.raises(AdapterError, match=r"has 3 times the 3 rows"):
                 model(ids[:3].repeat(3, 1))
             assert model(ids[:3]).logits.shape == (3, 9, 128)
-        assert not {"generate", "_expand_inputs_for_generation"} & set(vars(model))
+        assert not {"generate", "_expand_inputs_for_generation", "init_continuous_batching"} & set(vars(model))
         assert model.generate(ids, max_new_tokens=2).shape == (6, 11)
 
     def test_each_returned_sequence_has_its_own_adapter_where_all_are_named(self, tiny_llama, tokens):

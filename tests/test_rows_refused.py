@@ -8,6 +8,7 @@ from threading import Event
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import oftv2
 from mixed_batches import ROWS, wrapped
@@ -45,6 +46,12 @@ class TestRefused:
         with pytest.raises(AdapterError, match=message), adapters_per_row(model, rows):
             pass
         assert model.model.layers[0].self_attn.q_proj.rows is None
+
+    def test_requests_that_are_packed(self, tiny_llama):
+        model = wrapped(tiny_llama())
+        with adapters_per_row(model, ["math"]), pytest.raises(AdapterError, match="lays out all requests in one row"):
+            model.generate_batch([[1, 2, 3], [4, 5]])
+        assert model.init_continuous_batching.__func__ is LlamaForCausalLM.init_continuous_batching
 
     @pytest.mark.parametrize(
         ("shape", "rows"),

@@ -7,9 +7,10 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from loading_faults import FILE, KEY, beside, plain, read, refused, saved_adapter, wrapped
-from oftv2 import load_adapter
+from oftv2 import AdapterError, hotswap_adapter, load_adapter, wrap_model
 
 
 @pytest.fixture
@@ -214,3 +215,23 @@ def test_a_long_list_of_faults_is_cut(folder):
     lines = refused(plain(), folder).splitlines()
     assert len(lines) == 1 + 12 + 1
     assert lines[-1].strip() == "… and 18 more"
+
+
+# ---------------------------------------------------------------------------------------------- models without weights
+
+
+def test_nothing_is_loaded_onto_the_meta_device(folder):
+    """What is copied there is lost, unless another process sends it: FSDP has rank 0 alone load a model."""
+    onto_meta = [lambda: plain()().to("meta"), lambda: wrapped()().to("meta"), lambda: beside().to("meta")]
+    for make, options in zip(onto_meta, ({}, {}, {"adapter_name": "new"}), strict=True):
+        with pytest.raises(AdapterError, match="is on the meta device, where the adapter's values would be lost"):
+            load_adapter(make(), folder, **options)
+    with pytest.raises(AdapterError, match="is on the meta device"):
+        hotswap_adapter(onto_meta[1](), folder)
+    with pytest.raises(AdapterError, match=r"weight is on the meta device, .* has to know the base model's values"):
+        wrap_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).to("meta"), block_size=4, modules_to_save=["1"])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert all(p.is_meta for p in load_adapter(onto_meta[0](), folder).parameters())
+    finally:
+        torch.distributed.destroy_process_group()
