@@ -243,7 +243,8 @@ def versions() -> Row:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            # The metadata of PyPI's wheels do not tell which CUDA torch was built for.
+            found[package] = torch.__version__ if package == "torch" else version(package)
         except PackageNotFoundError:
             found[package] = "missing"
     return found
