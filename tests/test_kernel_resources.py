@@ -20,6 +20,7 @@ TOOL = ROOT / "benchmarks" / "kernel_resources.py"
 COMMITTED = ROOT / "benchmarks" / "results" / "kernel-resources.csv"
 # What must hold with every version of Triton; registers and the like may differ between versions.
 LASTING = ("case", "target", "kernel", "num_warps")
+USUAL = r"b=32\b|^nf4 dequantize bf16"
 
 # Kernels that are not as they should be, each in its own way, and one that is.
 BAD_CASES = """
@@ -94,20 +95,24 @@ def read(path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """All cases for the three targets, compiled now and checked."""
-    out = tmp_path_factory.mktemp("resources") / "table"
-    done = run_tool("--check", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return read(out.with_suffix(".csv"))
+    """All cases for Hopper and, for the two other targets, those of the block size that most use: compiled now and
+    checked. A change of a kernel that changes what it compiles to shows in these, and the committed table has to be
+    made anew then, which checks all."""
+    out = tmp_path_factory.mktemp("resources")
+    for name, options in {"all": ["--targets", 90], "usual": ["--targets", 80, 100, "--only", USUAL]}.items():
+        done = run_tool("--check", "--out", out / name, *options)
+        assert done.returncode == 0, done.stderr
+    return read(out / "all.csv") + read(out / "usual.csv")
 
 
-def test_every_case_compiles_fits_and_does_not_spill(fresh):
+def test_every_case_fits_and_does_not_spill(fresh):
+    committed = read(COMMITTED)
     cases = {row["case"] for row in fresh}
     assert len(cases) > 30
-    assert {(row["case"], row["target"]) for row in fresh} == {
+    assert {(row["case"], row["target"]) for row in committed} == {
         (case, target) for case in cases for target in ("sm_80", "sm_90", "sm_100")
     }
-    for row in fresh:
+    for row in fresh + committed:
         assert row["spilled_bytes"] == "0", row
         assert 0 < int(row["registers"]) <= 255, row
         assert int(row["shared_bytes"]) <= 1024 * (163 if row["target"] == "sm_80" else 227), row
@@ -127,18 +132,20 @@ def test_every_kernel_has_a_case(fresh):
         names = {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}
         launched |= {f"{path.stem}.{name}" for name in names & kernels}
     assert launched
-    assert {row["kernel"] for row in fresh} == launched
+    for target in ("sm_80", "sm_90", "sm_100"):
+        assert {row["kernel"] for row in fresh if row["target"] == target} == launched
 
 
 def test_committed_table_is_this_one(fresh):
-    committed = read(COMMITTED)
+    compiled = {(row["case"], row["target"]) for row in fresh}
+    committed = [row for row in read(COMMITTED) if (row["case"], row["target"]) in compiled]
     made_with = json.loads(COMMITTED.with_suffix(".json").read_text())["versions"]["triton"]
     again = f"python benchmarks/kernel_resources.py --out {COMMITTED.relative_to(ROOT).with_suffix('')}"
     if made_with == version("triton"):
-        assert committed == fresh, again
+        assert sorted(committed, key=str) == sorted(fresh, key=str), again
 
     def lasting(rows):
-        return [{**{key: row[key] for key in LASTING}, "plain": row["tensor_cores"] == "none"} for row in rows]
+        return {(*(row[key] for key in LASTING), row["tensor_cores"] == "none") for row in rows}
 
     assert lasting(committed) == lasting(fresh), again
 
