@@ -45,7 +45,6 @@ class OFTLayer(MergeableLayer):
             any it is its base layer. :meth:`activate` sets it.
     """
 
-    weight_read = False  # in training, by code that looks at its dtype, or multiplies by it past the rotation
     rows: LayerRows | None = None  # within adapters_per_row
     handed: KeptRotation | None = None  # of one forward pass, made with those of the model's other layers
     base_layer: Any  # a module of any class; its attributes are its own affair
@@ -73,6 +72,7 @@ class OFTLayer(MergeableLayer):
         self.sequence: tuple[str, ...] = ()
         self.enabled = True
         self.merged = False
+        self.weight_read = False  # in training, by code that looks at its dtype, or multiplies by it past the rotation
         self._original: tuple[nn.Module, ...] = ()
         self._merged_delta: Tensor | None = None
         self._cache: KeptRotation | None = None
@@ -175,7 +175,7 @@ class OFTLayer(MergeableLayer):
     def weight(self) -> Tensor:
         """The base layer's weight, for code that looks at its dtype or device."""
         if self.training and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self.__dict__["weight_read"] = True
+            self.weight_read = True
         return self.base_layer.weight
 
     @property
