@@ -14,7 +14,7 @@ from .cost_model import INPUT, WEIGHT, Problem, cheapest, machine
 from .merging import rotated
 from .partitioned import full_shape
 
-_FEW_TOKENS = 16  # generation: one for each row
+_GENERATED = 16  # tokens of a pass that generates: one for each row
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -76,7 +76,7 @@ class OFTLinear(OFTLayer):
         if torch.compiler.is_compiling():  # before anything that a compiled graph would watch
             return None
         kept, d = self._cache, x.shape[-1]
-        if kept is None or self.form is not None or not x.is_cpu or x.numel() > _FEW_TOKENS * d:
+        if kept is None or self.form is not None or not x.is_cpu or x.numel() > _GENERATED * d:
             return None
         delta = kept.delta
         if x.dtype != delta.dtype or d != delta.shape[0] * delta.shape[1] or F.runs_kernels(x.device):
