@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftv2._ops import DEFAULTS, check_features, check_rotation
+from oftv2._operator import ops
+from oftv2._ops import check_features, check_rotation
 from oftv2._quant_ops import Weight4bit
 from oftv2._row_ops import check_rows
 from oftv2._segment_ops import check_segments, times
@@ -28,6 +29,7 @@ def register(dispatch_key: str = "CUDA") -> torch.library.Library:
     library = torch.library.Library("oftv2", "IMPL")
     for name, implementation in _IMPLEMENTATIONS.items():
         library.impl(name, implementation, dispatch_key)
+        getattr(ops, name).kernels[dispatch_key.lower()] = implementation
     return library
 
 
@@ -70,7 +72,7 @@ def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any
         @functools.wraps(function)
         def implementation(*args: Any) -> Any:
             if not when(*args):
-                return DEFAULTS[name](*args)
+                return getattr(ops, name).plain(*args)
             if torch.is_grad_enabled() and _require_grad(args):  # autograd's own calls are without: create_graph=True
                 raise RuntimeError(
                     f"oftv2: the kernel for {name} has no derivative of its own, so there are no second derivatives on "

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, default
+from ._operator import ops
+from ._ops import add_identity
 
-torch.library.define("oftv2::cayley_neumann", "(Tensor generators, int block_size, int terms) -> Tensor")
-torch.library.define(
-    "oftv2::cayley_neumann_backward", "(Tensor grad, Tensor generators, int block_size, int terms) -> Tensor"
-)
-torch.library.define("oftv2::cayley", "(Tensor generators, int block_size) -> Tensor")
-torch.library.define("oftv2::cayley_backward", "(Tensor grad, Tensor delta) -> Tensor")
+ops.define("cayley_neumann", "(Tensor generators, int block_size, int terms) -> Tensor")
+ops.define("cayley_neumann_backward", "(Tensor grad, Tensor generators, int block_size, int terms) -> Tensor")
+ops.define("cayley", "(Tensor generators, int block_size) -> Tensor")
+ops.define("cayley_backward", "(Tensor grad, Tensor delta) -> Tensor")
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,7 +64,7 @@ def _horner(generators: Tensor, block_size: int, terms: int) -> tuple[Tensor, Te
     return Q, P, H.baddbmm_(P, Q, beta=2) if terms % 2 == 0 else H.add_(Q)
 
 
-@default("cayley_neumann")
+@ops.cayley_neumann.default
 def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     Q, P, V = _horner(generators, block_size, terms)
     for _ in range((terms - 1) // 2):
@@ -73,7 +72,7 @@ def _cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     return V
 
 
-@default("cayley_neumann_backward")
+@ops.cayley_neumann_backward.default
 def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
     """``∂L/∂packed`` in a recursion of k steps, where reverse mode takes two products for each of Δ's, and some of Δ's
     once more.
@@ -98,14 +97,14 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
     return _take(Z.flatten(1), upper).mul_(2)
 
 
-@default("cayley")
+@ops.cayley.default
 def _cayley(generators: Tensor, block_size: int) -> Tensor:
     Q = _skew(generators, block_size)  # Δ = (I + Q)(I − Q)⁻¹ − I = 2 Q (I − Q)⁻¹
     # I − Q is never singular; solve would look whether it is, and wait for the device.
     return torch.linalg.solve_ex(add_identity(-Q), 2 * Q, left=False).result
 
 
-@default("cayley_backward")
+@ops.cayley_backward.default
 def _cayley_backward(grad: Tensor, delta: Tensor) -> Tensor:
     inverse = add_identity(delta / 2)  # (I − Q)⁻¹ = I + Δ/2, and dΔ = 2 (I − Q)⁻¹ dQ (I − Q)⁻¹
     return _pack_skew_grad(2 * inverse.mT @ grad @ inverse.mT)
@@ -115,12 +114,12 @@ def _fake_delta(generators: Tensor, block_size: int, *_: Any) -> Tensor:
     return generators.new_empty(generators.shape[0], block_size, block_size)
 
 
-torch.library.register_fake("oftv2::cayley_neumann")(_fake_delta)
-torch.library.register_fake("oftv2::cayley")(_fake_delta)
-torch.library.register_fake("oftv2::cayley_neumann_backward")(
+ops.cayley_neumann.fake(_fake_delta)
+ops.cayley.fake(_fake_delta)
+ops.cayley_neumann_backward.fake(
     lambda grad, generators, block_size, terms: torch.empty_like(generators, memory_format=torch.contiguous_format)
 )
-torch.library.register_fake("oftv2::cayley_backward")(
+ops.cayley_backward.fake(
     lambda grad, delta: delta.new_empty(delta.shape[0], delta.shape[1] * (delta.shape[1] - 1) // 2)
 )
 
@@ -132,7 +131,7 @@ def _save_neumann(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _neumann_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (generators,) = ctx.saved_tensors
-    return torch.ops.oftv2.cayley_neumann_backward(grad, generators, ctx.block_size, ctx.terms), None, None
+    return ops.cayley_neumann_backward(grad, generators, ctx.block_size, ctx.terms), None, None
 
 
 def _save_cayley(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,8 +139,8 @@ def _save_cayley(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _cayley_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.oftv2.cayley_backward(grad, *ctx.saved_tensors), None
+    return ops.cayley_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("oftv2::cayley_neumann", _neumann_grad, setup_context=_save_neumann)
-torch.library.register_autograd("oftv2::cayley", _cayley_grad, setup_context=_save_cayley)
+ops.cayley_neumann.differentiable(_save_neumann, _neumann_grad)
+ops.cayley.differentiable(_save_cayley, _cayley_grad)

@@ -1,9 +1,4 @@
-"""Generators to activations as autograd nodes that call the default implementations themselves.
-
-On a CPU, a small layer spends most of its time between operators: the dispatcher and a Python autograd kernel for each
-take longer than the rotation of a few tokens. Where something looks at single operators (a compiler, a dispatch mode, a
-tensor subclass), the operators are called.
-"""
+"""``Δ`` of several layers from one autograd node: on a CPU, where making it for one layer hardly takes less time."""
 
 from __future__ import annotations
 
@@ -13,20 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import DEFAULTS
-from ._weight_form import rotated
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def unobserved(*tensors: Tensor) -> bool:
-    """Whether nothing needs to see which operators work on ``tensors``."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
-        or any(type(tensor) not in _PLAIN for tensor in tensors)
-    )
+from ._operator import Operator, ops
 
 
 def version(tensor: Tensor) -> int | None:
@@ -46,7 +28,7 @@ class Transform(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = block_size, terms
         ctx.generators, ctx.versions = generators, [version(packed) for packed in generators]
-        return tuple(_together("cayley_neumann", (generators,), block_size, terms))
+        return tuple(_together(ops.cayley_neumann, (generators,), block_size, terms))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -59,46 +41,14 @@ class Transform(torch.autograd.Function):
         found: Sequence[Tensor] = ()
         if wanted:
             used = [grads[i] for i in wanted], [ctx.generators[i] for i in wanted]
-            found = _together("cayley_neumann_backward", used, *ctx.settings)
+            found = _together(ops.cayley_neumann_backward, used, *ctx.settings)
         by_place = dict(zip(wanted, found, strict=True))
         return None, None, *(by_place.get(i) for i in range(len(grads)))
 
 
-def _together(name: str, operands: tuple[Sequence[Any], ...], *settings: int) -> Sequence[Tensor]:
+def _together(operator: Operator, operands: tuple[Sequence[Any], ...], *settings: int) -> Sequence[Tensor]:
     """An operator on the blocks of several layers, and its result layer by layer."""
     counts = [len(tensor) for tensor in operands[0]]
     joined = [tensors[0] if len(tensors) == 1 else torch.cat(list(tensors)) for tensors in operands]
-    result: Tensor = DEFAULTS[name](*joined, *settings)
+    result: Tensor = operator.plain(*joined, *settings)
     return [result] if len(counts) == 1 else result.split(counts)
-
-
-class Rotate(torch.autograd.Function):
-    """``rotate(x, delta)``; keeps both."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
-        ctx.save_for_backward(x, delta)
-        return DEFAULTS["rotate"](x, delta)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, delta = ctx.saved_tensors
-        wants_x, wants_delta = ctx.needs_input_grad
-        grad_x = DEFAULTS["rotate"](grad, delta.mT) if wants_x else None
-        return grad_x, DEFAULTS["rotate_delta_grad"](grad, x, delta) if wants_delta else None
-
-
-class WeightForm(torch.autograd.Function):
-    """A linear layer in the weight form; keeps ``x``, ``Δ`` and ``W``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, delta, weight)
-        return DEFAULTS["weight_form"](x, delta, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, weight = ctx.saved_tensors
-        grad_x = grad @ rotated(weight, delta)
-        wants_delta = ctx.needs_input_grad[1]
-        return grad_x, DEFAULTS["weight_form_delta_grad"](grad_x, x, delta) if wants_delta else None, None, None

@@ -11,35 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import check_features, check_rotation, default
+from ._operator import ops
+from ._ops import check_features, check_rotation
 
-torch.library.define("oftv2::neumann_rotate", "(Tensor x, Tensor generators, int block_size, int terms) -> Tensor")
-torch.library.define(
-    "oftv2::neumann_rotate_backward",
+ops.define("neumann_rotate", "(Tensor x, Tensor generators, int block_size, int terms) -> Tensor")
+ops.define(
+    "neumann_rotate_backward",
     "(Tensor grad, Tensor x, Tensor generators, int block_size, int terms) -> (Tensor, Tensor)",
 )
-torch.library.define("oftv2::rotate_group", "(Tensor x, Tensor[] deltas) -> Tensor[]")
-torch.library.define(
-    "oftv2::rotate_group_backward", "(Tensor[] grads, Tensor x, Tensor[] deltas) -> (Tensor, Tensor[])"
-)
-torch.library.define("oftv2::rotate_matmul", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
+ops.define("rotate_group", "(Tensor x, Tensor[] deltas) -> Tensor[]")
+ops.define("rotate_group_backward", "(Tensor[] grads, Tensor x, Tensor[] deltas) -> (Tensor, Tensor[])")
+ops.define("rotate_matmul", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
 
 
 # ---------------------------------------------------------------------------------------------- from the generators
 
 
-@default("neumann_rotate")
+@ops.neumann_rotate.default
 def _neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
-    return torch.ops.oftv2.rotate(x, torch.ops.oftv2.cayley_neumann(generators, block_size, terms))
+    return ops.rotate(x, ops.cayley_neumann(generators, block_size, terms))
 
 
-@default("neumann_rotate_backward")
+@ops.neumann_rotate_backward.default
 def _neumann_rotate_backward(
     grad: Tensor, x: Tensor, generators: Tensor, block_size: int, terms: int
 ) -> tuple[Tensor, Tensor]:
-    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
-    grad_x, grad_delta = torch.ops.oftv2.rotate_backward(grad, x, delta)
-    return grad_x, torch.ops.oftv2.cayley_neumann_backward(grad_delta, generators, block_size, terms)
+    delta = ops.cayley_neumann(generators, block_size, terms)
+    grad_x, grad_delta = ops.rotate_backward(grad, x, delta)
+    return grad_x, ops.cayley_neumann_backward(grad_delta, generators, block_size, terms)
 
 
 def _fake_neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int) -> Tensor:
@@ -47,8 +46,8 @@ def _fake_neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: 
     return x.new_empty(x.shape)
 
 
-torch.library.register_fake("oftv2::neumann_rotate")(_fake_neumann_rotate)
-torch.library.register_fake("oftv2::neumann_rotate_backward")(
+ops.neumann_rotate.fake(_fake_neumann_rotate)
+ops.neumann_rotate_backward.fake(
     lambda grad, x, generators, block_size, terms: (grad.new_empty(grad.shape), generators.new_empty(generators.shape))
 )
 
@@ -62,29 +61,27 @@ def _neumann_rotate_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor 
     x, generators = ctx.saved_tensors
     settings = ctx.block_size, ctx.terms
     if ctx.needs_input_grad[1]:
-        return *torch.ops.oftv2.neumann_rotate_backward(grad, x, generators, *settings), None, None
-    return torch.ops.oftv2.neumann_rotate(grad, -generators, *settings), None, None, None  # Rᵀ is R of −Q
+        return *ops.neumann_rotate_backward(grad, x, generators, *settings), None, None
+    return ops.neumann_rotate(grad, -generators, *settings), None, None, None  # Rᵀ is R of −Q
 
 
-torch.library.register_autograd("oftv2::neumann_rotate", _neumann_rotate_grad, setup_context=_save_neumann_rotate)
+ops.neumann_rotate.differentiable(_save_neumann_rotate, _neumann_rotate_grad)
 
 
 # ---------------------------------------------------------------------------------------------- several of one input
 
 
-@default("rotate_group")
+@ops.rotate_group.default
 def _rotate_group(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
-    return [torch.ops.oftv2.rotate(x, delta) for delta in deltas]
+    return [ops.rotate(x, delta) for delta in deltas]
 
 
-@default("rotate_group_backward")
+@ops.rotate_group_backward.default
 def _rotate_group_backward(grads: list[Tensor], x: Tensor, deltas: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    grad_x, *rest = (torch.ops.oftv2.rotate(grad, delta.mT) for grad, delta in zip(grads, deltas, strict=True))
+    grad_x, *rest = (ops.rotate(grad, delta.mT) for grad, delta in zip(grads, deltas, strict=True))
     for other in rest:
         grad_x += other
-    return grad_x, [
-        torch.ops.oftv2.rotate_delta_grad(grad, x, delta) for grad, delta in zip(grads, deltas, strict=True)
-    ]
+    return grad_x, [ops.rotate_delta_grad(grad, x, delta) for grad, delta in zip(grads, deltas, strict=True)]
 
 
 def _fake_rotate_group(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
@@ -93,8 +90,8 @@ def _fake_rotate_group(x: Tensor, deltas: list[Tensor]) -> list[Tensor]:
     return [x.new_empty(x.shape) for _ in deltas]
 
 
-torch.library.register_fake("oftv2::rotate_group")(_fake_rotate_group)
-torch.library.register_fake("oftv2::rotate_group_backward")(
+ops.rotate_group.fake(_fake_rotate_group)
+ops.rotate_group_backward.fake(
     lambda grads, x, deltas: (x.new_empty(x.shape), [delta.new_empty(delta.shape) for delta in deltas])
 )
 
@@ -107,18 +104,18 @@ def _save_group(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 def _group_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
     x, *deltas = ctx.saved_tensors
     filled = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-    return torch.ops.oftv2.rotate_group_backward(filled, x, deltas)
+    return ops.rotate_group_backward(filled, x, deltas)
 
 
-torch.library.register_autograd("oftv2::rotate_group", _group_grad, setup_context=_save_group)
+ops.rotate_group.differentiable(_save_group, _group_grad)
 
 
 # ---------------------------------------------------------------------------------------------- into the product
 
 
-@default("rotate_matmul")
+@ops.rotate_matmul.default
 def _rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(torch.ops.oftv2.rotate(x, delta), weight, bias)
+    return torch.nn.functional.linear(ops.rotate(x, delta), weight, bias)
 
 
 def _fake_rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,4 +123,4 @@ def _fake_rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor |
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-torch.library.register_fake("oftv2::rotate_matmul")(_fake_rotate_matmul)
+ops.rotate_matmul.fake(_fake_rotate_matmul)

@@ -1,6 +1,6 @@
-"""How operators are made, and those that rotate activations: schemas, fake kernels, autograd, and plain torch.
+"""The operators that rotate activations: schemas, fake kernels, autograd, and plain torch.
 
-Autograd code calls ``torch.ops.oftv2`` only, so a backend is added by registering its implementation for a device.
+Autograd code calls operators only, so a backend is added by registering its implementation for a device.
 Every operator that yields or takes a rotation works with ``Δ = R − I`` of shape ``(r, b, b)``: near the identity, ``R``
 in 16 bit would lose the rotation, where ``Δ`` keeps it to relative precision.
 """
@@ -8,11 +8,13 @@ in 16 bit would lose the rotation, where ``Δ`` keeps it to relative precision.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._operator import ops
 
 # Elements of x that a CPU takes at a time. It bounds what is converted to float32 where x is 16 bit; and a sum over all
 # tokens at once leaves the caches (2 threads, float32, b = 32, T = 2048: 2.8 ms at d = 1536, 2.4 in such parts).
@@ -22,32 +24,9 @@ _CHUNK_ELEMENTS = 1 << 19
 # the rotation takes 0.48 against 0.40 ms at T = 512, d = 1024).
 FEW_TOKENS = 1024
 
-torch.library.define("oftv2::rotate", "(Tensor x, Tensor delta) -> Tensor")
-torch.library.define("oftv2::rotate_backward", "(Tensor grad, Tensor x, Tensor delta) -> (Tensor, Tensor)")
-torch.library.define("oftv2::rotate_delta_grad", "(Tensor grad, Tensor x, Tensor delta) -> Tensor")
-
-
-# By operator, the implementation for every device, for backends that leave some cases to it.
-DEFAULTS: dict[str, Callable[..., Any]] = {}
-
-
-def default(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers an operator's implementation for every device, with autocast off: it would round the float32 blocks."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
-            device_type = (first if isinstance(first, Tensor) else first[0]).device.type
-            if torch.is_autocast_enabled(device_type):
-                with torch.autocast(device_type, enabled=False):
-                    return function(first, *args)
-            return function(first, *args)
-
-        torch.library.impl(f"oftv2::{name}", "CompositeExplicitAutograd")(implementation)
-        DEFAULTS[name] = implementation
-        return implementation
-
-    return register
+ops.define("rotate", "(Tensor x, Tensor delta) -> Tensor")
+ops.define("rotate_backward", "(Tensor grad, Tensor x, Tensor delta) -> (Tensor, Tensor)")
+ops.define("rotate_delta_grad", "(Tensor grad, Tensor x, Tensor delta) -> Tensor")
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,7 +62,7 @@ def rotate_few(x: Tensor, delta: Tensor) -> Tensor:
     return torch.baddbmm(blocks, blocks, delta).transpose(0, 1).reshape(x.shape)
 
 
-@default("rotate")
+@ops.rotate.default
 def rotate(x: Tensor, delta: Tensor) -> Tensor:
     """``x + x Δ`` of ``x`` ``(..., d)`` and ``Δ`` ``(r, b, b)``, in the dtype of ``x``."""
     check_rotation(x, delta)
@@ -118,7 +97,7 @@ def _grouped_convolution(x: Tensor, R: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(x.shape)
 
 
-@default("rotate_delta_grad")
+@ops.rotate_delta_grad.default
 def rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """``∂L/∂Δ = Σ xᵀ ∂L/∂y`` over the tokens, block by block, ``(r, b, b)``; summed in float32 at least on a CPU."""
     wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
@@ -131,7 +110,7 @@ def rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     return total.to(delta.dtype)
 
 
-@default("rotate_backward")
+@ops.rotate_backward.default
 def _rotate_backward(grad: Tensor, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return rotate(grad, delta.mT), rotate_delta_grad(grad, x, delta)
 
@@ -161,11 +140,9 @@ def _fake_rotate(x: Tensor, delta: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-torch.library.register_fake("oftv2::rotate")(_fake_rotate)
-torch.library.register_fake("oftv2::rotate_delta_grad")(lambda grad, x, delta: delta.new_empty(delta.shape))
-torch.library.register_fake("oftv2::rotate_backward")(
-    lambda grad, x, delta: (grad.new_empty(grad.shape), delta.new_empty(delta.shape))
-)
+ops.rotate.fake(_fake_rotate)
+ops.rotate_delta_grad.fake(lambda grad, x, delta: delta.new_empty(delta.shape))
+ops.rotate_backward.fake(lambda grad, x, delta: (grad.new_empty(grad.shape), delta.new_empty(delta.shape)))
 
 
 def _save_rotate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -175,10 +152,10 @@ def _save_rotate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _rotate_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, delta = ctx.saved_tensors
     if all(ctx.needs_input_grad):
-        return torch.ops.oftv2.rotate_backward(grad, x, delta)
+        return ops.rotate_backward(grad, x, delta)
     if ctx.needs_input_grad[0]:
-        return torch.ops.oftv2.rotate(grad, delta.mT), None
-    return None, torch.ops.oftv2.rotate_delta_grad(grad, x, delta)
+        return ops.rotate(grad, delta.mT), None
+    return None, ops.rotate_delta_grad(grad, x, delta)
 
 
-torch.library.register_autograd("oftv2::rotate", _rotate_grad, setup_context=_save_rotate)
+ops.rotate.differentiable(_save_rotate, _rotate_grad)

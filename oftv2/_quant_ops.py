@@ -12,20 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import check_features, check_rotation, default
+from ._operator import ops
+from ._ops import check_features, check_rotation
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor code, Tensor[] nested, int[] shape, int blocksize, int blocksize2"
 
-torch.library.define("oftv2::dequantize_rotate_4bit", f"(Tensor delta, {_WEIGHT}, ScalarType dtype) -> Tensor")
-torch.library.define("oftv2::weight_form_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
-torch.library.define(
-    "oftv2::weight_form_4bit_backward", f"(Tensor grad, Tensor x, Tensor delta, {_WEIGHT}) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "oftv2::neumann_weight_form_4bit",
+ops.define("dequantize_rotate_4bit", f"(Tensor delta, {_WEIGHT}, ScalarType dtype) -> Tensor")
+ops.define("weight_form_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
+ops.define("weight_form_4bit_backward", f"(Tensor grad, Tensor x, Tensor delta, {_WEIGHT}) -> (Tensor, Tensor)")
+ops.define(
+    "neumann_weight_form_4bit",
     f"(Tensor x, Tensor generators, Tensor? bias, {_WEIGHT}, int block_size, int terms) -> Tensor",
 )
-torch.library.define("oftv2::rotate_matmul_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
+ops.define("rotate_matmul_4bit", f"(Tensor x, Tensor delta, Tensor? bias, {_WEIGHT}) -> Tensor")
 
 
 class Weight4bit(NamedTuple):
@@ -57,29 +56,27 @@ def with_plain_scales(weight: Weight4bit) -> Weight4bit:
     return weight._replace(absmax=code[weight.absmax.int()] * scales + offset, nested=[])
 
 
-@default("dequantize_rotate_4bit")
+@ops.dequantize_rotate_4bit.default
 def _dequantize_rotate(delta: Tensor, *arguments: Any) -> Tensor:
     *weight, dtype = arguments
-    return torch.ops.oftv2.rotate(dequantize_4bit(Weight4bit(*weight), dtype), delta.mT)
+    return ops.rotate(dequantize_4bit(Weight4bit(*weight), dtype), delta.mT)
 
 
-@default("weight_form_4bit")
+@ops.weight_form_4bit.default
 def _weight_form(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     check_rotation(x, delta)
-    return torch.nn.functional.linear(x, torch.ops.oftv2.dequantize_rotate_4bit(delta, *weight, x.dtype), bias)
+    return torch.nn.functional.linear(x, ops.dequantize_rotate_4bit(delta, *weight, x.dtype), bias)
 
 
-@default("weight_form_4bit_backward")
+@ops.weight_form_4bit_backward.default
 def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, *weight: Any) -> tuple[Tensor, Tensor]:
-    grad_x = grad @ torch.ops.oftv2.dequantize_rotate_4bit(delta, *weight, x.dtype)
-    return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
+    grad_x = grad @ ops.dequantize_rotate_4bit(delta, *weight, x.dtype)
+    return grad_x, ops.weight_form_delta_grad(grad_x, x, delta)
 
 
-@default("rotate_matmul_4bit")
+@ops.rotate_matmul_4bit.default
 def _rotate_matmul(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
-    return torch.nn.functional.linear(
-        torch.ops.oftv2.rotate(x, delta), dequantize_4bit(Weight4bit(*weight), x.dtype), bias
-    )
+    return torch.nn.functional.linear(ops.rotate(x, delta), dequantize_4bit(Weight4bit(*weight), x.dtype), bias)
 
 
 def _fake_output(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
@@ -87,14 +84,10 @@ def _fake_output(x: Tensor, delta: Tensor, bias: Tensor | None, *weight: Any) ->
     return x.new_empty(*x.shape[:-1], Weight4bit(*weight).shape[0])
 
 
-torch.library.register_fake("oftv2::dequantize_rotate_4bit")(
-    lambda delta, *arguments: delta.new_empty(arguments[4], dtype=arguments[-1])
-)
-torch.library.register_fake("oftv2::weight_form_4bit")(_fake_output)
-torch.library.register_fake("oftv2::rotate_matmul_4bit")(_fake_output)
-torch.library.register_fake("oftv2::weight_form_4bit_backward")(
-    lambda grad, x, delta, *weight: (x.new_empty(x.shape), delta.new_empty(delta.shape))
-)
+ops.dequantize_rotate_4bit.fake(lambda delta, *arguments: delta.new_empty(arguments[4], dtype=arguments[-1]))
+ops.weight_form_4bit.fake(_fake_output)
+ops.rotate_matmul_4bit.fake(_fake_output)
+ops.weight_form_4bit_backward.fake(lambda grad, x, delta, *weight: (x.new_empty(x.shape), delta.new_empty(delta.shape)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -104,21 +97,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, delta, packed, absmax, code, *nested = ctx.saved_tensors
-    grads = torch.ops.oftv2.weight_form_4bit_backward(grad, x, delta, packed, absmax, code, nested, *ctx.rest)
+    grads = ops.weight_form_4bit_backward(grad, x, delta, packed, absmax, code, nested, *ctx.rest)
     return *grads, None, None, None, None, [None] * len(nested), None, None, None
 
 
-torch.library.register_autograd("oftv2::weight_form_4bit", _gradients, setup_context=_save)
+ops.weight_form_4bit.differentiable(_save, _gradients)
 
 
 # ---------------------------------------------------------------------------------------------- from the generators
 
 
-@default("neumann_weight_form_4bit")
+@ops.neumann_weight_form_4bit.default
 def _neumann_weight_form(x: Tensor, generators: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     *weight, block_size, terms = arguments
-    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
-    return torch.ops.oftv2.weight_form_4bit(x, delta, bias, *weight)
+    delta = ops.cayley_neumann(generators, block_size, terms)
+    return ops.weight_form_4bit(x, delta, bias, *weight)
 
 
 def _fake_neumann_weight_form(x: Tensor, generators: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -127,17 +120,17 @@ def _fake_neumann_weight_form(x: Tensor, generators: Tensor, bias: Tensor | None
     return x.new_empty(*x.shape[:-1], Weight4bit(*weight).shape[0])
 
 
-torch.library.register_fake("oftv2::neumann_weight_form_4bit")(_fake_neumann_weight_form)
+ops.neumann_weight_form_4bit.fake(_fake_neumann_weight_form)
 
 
 def _neumann_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, generators, packed, absmax, code, *nested = ctx.saved_tensors
     *rest, block_size, terms = ctx.rest
-    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
+    delta = ops.cayley_neumann(generators, block_size, terms)
     weight = (packed, absmax, code, nested, *rest)
-    grad_x, grad_delta = torch.ops.oftv2.weight_form_4bit_backward(grad, x, delta, *weight)
-    grad_generators = torch.ops.oftv2.cayley_neumann_backward(grad_delta, generators, block_size, terms)
+    grad_x, grad_delta = ops.weight_form_4bit_backward(grad, x, delta, *weight)
+    grad_generators = ops.cayley_neumann_backward(grad_delta, generators, block_size, terms)
     return grad_x, grad_generators, None, None, None, None, [None] * len(nested), None, None, None, None, None
 
 
-torch.library.register_autograd("oftv2::neumann_weight_form_4bit", _neumann_gradients, setup_context=_save)
+ops.neumann_weight_form_4bit.differentiable(_save, _neumann_gradients)

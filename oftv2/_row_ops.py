@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import check_features, default, rotate, rotate_delta_grad
+from ._operator import ops
+from ._ops import check_features, rotate, rotate_delta_grad
 
-torch.library.define("oftv2::rotate_rows", "(Tensor x, Tensor deltas, Tensor rows) -> Tensor")
-torch.library.define("oftv2::rotate_rows_delta_grad", "(Tensor grad, Tensor x, Tensor deltas, Tensor rows) -> Tensor")
+ops.define("rotate_rows", "(Tensor x, Tensor deltas, Tensor rows) -> Tensor")
+ops.define("rotate_rows_delta_grad", "(Tensor grad, Tensor x, Tensor deltas, Tensor rows) -> Tensor")
 
 # A CPU gathers Δ for every row where the adapters have fewer tokens each than so many, or where neither x nor those Δ
 # have more elements than that; else it rotates adapter by adapter (2 threads, float32, b = 32, 64 rows, ms gathered and
@@ -57,7 +58,7 @@ def _row_blocks(x: Tensor, deltas: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, r, b).transpose(1, 2).flatten(0, 1)
 
 
-@default("rotate_rows")
+@ops.rotate_rows.default
 def _rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
     check_rows(x, deltas, rows)
     if not x.numel() or not deltas.shape[0]:
@@ -84,7 +85,7 @@ def _rotate_gathered(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *[1] * (x.dim() - 1)) < 0, x, rotated.reshape(x.shape))
 
 
-@default("rotate_rows_delta_grad")
+@ops.rotate_rows_delta_grad.default
 def _rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
     total = deltas.new_zeros(deltas.shape)
     if x.device.type == "cpu":
@@ -114,10 +115,8 @@ def _fake_rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-torch.library.register_fake("oftv2::rotate_rows")(_fake_rotate_rows)
-torch.library.register_fake("oftv2::rotate_rows_delta_grad")(
-    lambda grad, x, deltas, rows: deltas.new_empty(deltas.shape)
-)
+ops.rotate_rows.fake(_fake_rotate_rows)
+ops.rotate_rows_delta_grad.fake(lambda grad, x, deltas, rows: deltas.new_empty(deltas.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -128,10 +127,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     x, deltas, rows = ctx.saved_tensors
     wants_x, wants_deltas, _ = ctx.needs_input_grad
     return (
-        torch.ops.oftv2.rotate_rows(grad, deltas.mT, rows) if wants_x else None,
-        torch.ops.oftv2.rotate_rows_delta_grad(grad, x, deltas, rows) if wants_deltas else None,
+        ops.rotate_rows(grad, deltas.mT, rows) if wants_x else None,
+        ops.rotate_rows_delta_grad(grad, x, deltas, rows) if wants_deltas else None,
         None,
     )
 
 
-torch.library.register_autograd("oftv2::rotate_rows", _gradients, setup_context=_save)
+ops.rotate_rows.differentiable(_save, _gradients)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import check_features, default, rotate, rotate_delta_grad
+from ._operator import ops
+from ._ops import check_features, rotate, rotate_delta_grad
 
-torch.library.define("oftv2::rotate_segments", "(Tensor x, Tensor deltas, Tensor ends, Tensor? order=None) -> Tensor")
-torch.library.define(
-    "oftv2::rotate_segments_delta_grad",
+ops.define("rotate_segments", "(Tensor x, Tensor deltas, Tensor ends, Tensor? order=None) -> Tensor")
+ops.define(
+    "rotate_segments_delta_grad",
     "(Tensor grad, Tensor x, Tensor deltas, Tensor ends, Tensor? order=None) -> Tensor",
 )
-torch.library.define("oftv2::segment_matmul", "(Tensor x, Tensor weight, Tensor ends) -> Tensor")
+ops.define("segment_matmul", "(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 
 
 def check_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None) -> None:
@@ -74,7 +75,7 @@ def _rows(x: Tensor, order: Tensor | None, rows: slice) -> Tensor:
     return x[rows] if order is None else x[order[rows] // times(x, order)]
 
 
-@default("rotate_segments")
+@ops.rotate_segments.default
 def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None) -> Tensor:
     check_segments(x, deltas, ends, order)
     out = torch.empty(len(x if order is None else order), x.shape[1], dtype=x.dtype, device=x.device)
@@ -83,7 +84,7 @@ def _rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | No
     return out
 
 
-@default("rotate_segments_delta_grad")
+@ops.rotate_segments_delta_grad.default
 def _rotate_segments_delta_grad(
     grad: Tensor, x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None
 ) -> Tensor:
@@ -93,7 +94,7 @@ def _rotate_segments_delta_grad(
     return total
 
 
-@default("segment_matmul")
+@ops.segment_matmul.default
 def _segment_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     check_product(x, weight, ends)
     if _has_grouped_mm(x, weight):
@@ -137,11 +138,9 @@ def _fake_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-torch.library.register_fake("oftv2::rotate_segments")(_fake_rotate)
-torch.library.register_fake("oftv2::rotate_segments_delta_grad")(
-    lambda grad, x, deltas, ends, order=None: deltas.new_empty(deltas.shape)
-)
-torch.library.register_fake("oftv2::segment_matmul")(_fake_product)
+ops.rotate_segments.fake(_fake_rotate)
+ops.rotate_segments_delta_grad.fake(lambda grad, x, deltas, ends, order=None: deltas.new_empty(deltas.shape))
+ops.segment_matmul.fake(_fake_product)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -158,10 +157,10 @@ def _rotate_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
     grad = grad.contiguous()
     grad_x = grad_deltas = None
     if wants_x:
-        grad_x = torch.ops.oftv2.rotate_segments(grad, deltas.mT, ends)
+        grad_x = ops.rotate_segments(grad, deltas.mT, ends)
         grad_x = grad_x if order is None else by_token(grad_x, order, times(x, order))
     if wants_deltas:
-        grad_deltas = torch.ops.oftv2.rotate_segments_delta_grad(grad, x, deltas, ends, order)
+        grad_deltas = ops.rotate_segments_delta_grad(grad, x, deltas, ends, order)
     return grad_x, grad_deltas, None, None
 
 
@@ -170,8 +169,8 @@ def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Non
     wants_x, wants_weight, _ = ctx.needs_input_grad
     if wants_weight:
         raise RuntimeError("segment_matmul has no gradient for its weight: it is for frozen ones")
-    return torch.ops.oftv2.segment_matmul(grad.contiguous(), weight.mT, ends) if wants_x else None, None, None
+    return ops.segment_matmul(grad.contiguous(), weight.mT, ends) if wants_x else None, None, None
 
 
-torch.library.register_autograd("oftv2::rotate_segments", _rotate_gradients, setup_context=_save)
-torch.library.register_autograd("oftv2::segment_matmul", _product_gradients, setup_context=_save_weight)
+ops.rotate_segments.differentiable(_save, _rotate_gradients)
+ops.segment_matmul.differentiable(_save_weight, _product_gradients)

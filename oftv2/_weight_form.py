@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import add_identity, check_features, check_rotation, default, identity, rotate, rotate_delta_grad
+from ._operator import ops
+from ._ops import add_identity, check_features, check_rotation, identity, rotate, rotate_delta_grad
 
-torch.library.define("oftv2::weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
-torch.library.define(
-    "oftv2::weight_form_backward", "(Tensor grad, Tensor x, Tensor delta, Tensor weight) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "oftv2::neumann_weight_form",
+ops.define("weight_form", "(Tensor x, Tensor delta, Tensor weight, Tensor? bias) -> Tensor")
+ops.define("weight_form_backward", "(Tensor grad, Tensor x, Tensor delta, Tensor weight) -> (Tensor, Tensor)")
+ops.define(
+    "neumann_weight_form",
     "(Tensor x, Tensor generators, Tensor weight, Tensor? bias, int block_size, int terms) -> Tensor",
 )
-torch.library.define("oftv2::weight_form_delta_grad", "(Tensor grad_x, Tensor x, Tensor delta) -> Tensor")
+ops.define("weight_form_delta_grad", "(Tensor grad_x, Tensor x, Tensor delta) -> Tensor")
 
 
 # Up to so many elements of W, a batched product is quicker to start than a convolution, of which the step is made twice
@@ -34,33 +33,33 @@ _SMALL_WEIGHT = 1 << 20
 def rotated(weight: Tensor, delta: Tensor) -> Tensor:
     """``W′``; of a small W as the transpose of R times Wᵀ, which takes W as it lies and returns rows of Wᵀ."""
     if weight.device.type != "cpu":
-        return torch.ops.oftv2.rotate(weight, delta.mT)
+        return ops.rotate(weight, delta.mT)
     if weight.numel() > _SMALL_WEIGHT:
         return rotate(weight, delta.mT)
     R = add_identity(delta.to(weight.dtype))
     return torch.bmm(R, weight.t().unflatten(0, delta.shape[:2])).flatten(0, 1).t()
 
 
-@default("weight_form")
+@ops.weight_form.default
 def _weight_form(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_rotation(x, delta)
     return torch.nn.functional.linear(x, rotated(weight, delta), bias)
 
 
-@default("weight_form_backward")
+@ops.weight_form_backward.default
 def _weight_form_backward(grad: Tensor, x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_x = grad @ rotated(weight, delta)
-    return grad_x, torch.ops.oftv2.weight_form_delta_grad(grad_x, x, delta)
+    return grad_x, ops.weight_form_delta_grad(grad_x, x, delta)
 
 
-@default("weight_form_delta_grad")
+@ops.weight_form_delta_grad.default
 def _weight_form_delta_grad(grad_x: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """``∂L/∂R_j = x_jᵀ (∂L/∂x̂)_j``, and ``(∂L/∂x̂)_j = (∂L/∂x)_j R_j⁻ᵀ``."""
     R = add_identity(delta)
     if R.device.type == "cpu":
         return torch.bmm(rotate_delta_grad(grad_x, x, delta), _inverse(R).mT)
     inverse = torch.linalg.inv_ex(R).inverse  # does not wait for the device
-    return torch.bmm(torch.ops.oftv2.rotate_delta_grad(grad_x, x, delta), inverse.mT)
+    return torch.bmm(ops.rotate_delta_grad(grad_x, x, delta), inverse.mT)
 
 
 def _inverse(R: Tensor) -> Tensor:
@@ -85,34 +84,35 @@ def _fake_weight_form(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | N
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-torch.library.register_fake("oftv2::weight_form")(_fake_weight_form)
-torch.library.register_fake("oftv2::weight_form_backward")(
-    lambda grad, x, delta, weight: (x.new_empty(x.shape), delta.new_empty(delta.shape))
-)
-torch.library.register_fake("oftv2::weight_form_delta_grad")(lambda grad_x, x, delta: delta.new_empty(delta.shape))
+ops.weight_form.fake(_fake_weight_form)
+ops.weight_form_backward.fake(lambda grad, x, delta, weight: (x.new_empty(x.shape), delta.new_empty(delta.shape)))
+ops.weight_form_delta_grad.fake(lambda grad_x, x, delta: delta.new_empty(delta.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *torch.ops.oftv2.weight_form_backward(grad, *ctx.saved_tensors), None, None
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, delta, weight = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        return *ops.weight_form_backward(grad, x, delta, weight), None, None
+    return grad @ rotated(weight, delta), None, None, None
 
 
-torch.library.register_autograd("oftv2::weight_form", _gradients, setup_context=_save)
+ops.weight_form.differentiable(_save, _gradients)
 
 
 # ---------------------------------------------------------------------------------------------- from the generators
 # What is kept of the rotation is the generators, which are there anyway; the backward pass makes Δ again.
 
 
-@default("neumann_weight_form")
+@ops.neumann_weight_form.default
 def _neumann_weight_form(
     x: Tensor, generators: Tensor, weight: Tensor, bias: Tensor | None, block_size: int, terms: int
 ) -> Tensor:
-    delta = torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
-    return torch.ops.oftv2.weight_form(x, delta, weight, bias)
+    delta = ops.cayley_neumann(generators, block_size, terms)
+    return ops.weight_form(x, delta, weight, bias)
 
 
 def _fake_neumann_weight_form(
@@ -122,7 +122,7 @@ def _fake_neumann_weight_form(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-torch.library.register_fake("oftv2::neumann_weight_form")(_fake_neumann_weight_form)
+ops.neumann_weight_form.fake(_fake_neumann_weight_form)
 
 
 def _save_neumann(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,9 +133,9 @@ def _save_neumann(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _neumann_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, generators, weight = ctx.saved_tensors
     settings = ctx.block_size, ctx.terms
-    delta = torch.ops.oftv2.cayley_neumann(generators, *settings)
-    grad_x, grad_delta = torch.ops.oftv2.weight_form_backward(grad, x, delta, weight)
-    return grad_x, torch.ops.oftv2.cayley_neumann_backward(grad_delta, generators, *settings), None, None, None, None
+    delta = ops.cayley_neumann(generators, *settings)
+    grad_x, grad_delta = ops.weight_form_backward(grad, x, delta, weight)
+    return grad_x, ops.cayley_neumann_backward(grad_delta, generators, *settings), None, None, None, None
 
 
-torch.library.register_autograd("oftv2::neumann_weight_form", _neumann_gradients, setup_context=_save_neumann)
+ops.neumann_weight_form.differentiable(_save_neumann, _neumann_gradients)

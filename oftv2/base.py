@@ -269,7 +269,7 @@ class OFTLayer(MergeableLayer):
                     return F.neumann_rotate(x, packed, rotation.block_size, rotation.terms)
         if delta is None:
             delta = self.kept_or_built(self.sequence, self._build, None if x.is_cpu else x.dtype)
-        return F.rotate(x, delta, direct=True)
+        return F.rotate(x, delta)
 
     def changing_generators(self) -> Tensor | None:
         """The effective generators ``(num_blocks, b(b−1)/2)``, where they and the Neumann series alone make this

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._operator import ops
 from ._segment_ops import by_token
 from .base import OFTLayer
 from .errors import AdapterError
@@ -81,10 +82,10 @@ class OFTExperts(OFTLayer):
         numbers = torch.arange(base.num_experts, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
-        x = torch.ops.oftv2.rotate_segments(x, up_delta, ends, order)
+        x = ops.rotate_segments(x, up_delta, ends, order)
         x = self._product(x, up_name(base), ends, experts)
         x = base._apply_gate(x) if getattr(base, "has_gate", True) else base.act_fn(x)
-        x = torch.ops.oftv2.rotate_segments(x.to(down.dtype), down_delta, ends)
+        x = ops.rotate_segments(x.to(down.dtype), down_delta, ends)
         x = self._product(x, DOWN, ends, experts)
         if getattr(base, "has_post_expert_norm", False):
             x = base.post_expert_norm(x)
@@ -117,7 +118,7 @@ class OFTExperts(OFTLayer):
     def _product(self, x: Tensor, name: str, ends: Tensor, experts: Tensor) -> Tensor:
         base = self.base_layer
         weight = getattr(base, name)
-        y = torch.ops.oftv2.segment_matmul(x, weight if _is_transposed(base) else weight.mT, ends)
+        y = ops.segment_matmul(x, weight if _is_transposed(base) else weight.mT, ends)
         return y + getattr(base, f"{name}_bias")[experts] if getattr(base, "has_bias", False) else y
 
     def merged_base(self, delta: Tensor) -> nn.Module:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cayley_ops, _eager, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (for operators)
+from . import _cayley_ops, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (for operators)
+from ._eager import Transform
+from ._operator import ops, unobserved
 from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
 from .kernels.register import register, rotates, usable
 from .reference import skew
@@ -54,7 +56,7 @@ def cayley_neumann(generators: Tensor, block_size: int, terms: int = 4) -> Tenso
     Source: OFTv2, arXiv 2506.19847, equation of the Cayley–Neumann parametrization.
     """
     _check_packed(generators, block_size)
-    return torch.ops.oftv2.cayley_neumann(generators, block_size, terms)
+    return ops.cayley_neumann(generators, block_size, terms)
 
 
 def cayley_neumann_many(generators: Sequence[Tensor], block_size: int, terms: int = 4) -> list[Tensor]:
@@ -66,7 +68,7 @@ def cayley_neumann_many(generators: Sequence[Tensor], block_size: int, terms: in
 def cayley(generators: Tensor, block_size: int) -> Tensor:
     """``Δ = R − I`` of the exact Cayley transform ``R = (I + Q)(I − Q)⁻¹``; arguments as :func:`cayley_neumann`."""
     _check_packed(generators, block_size)
-    return torch.ops.oftv2.cayley(generators, block_size)
+    return ops.cayley(generators, block_size)
 
 
 def neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
@@ -112,14 +114,13 @@ def in_blocks_of(delta: Tensor, block_size: int) -> Tensor:
     return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(-1, block_size, block_size)
 
 
-def rotate(x: Tensor, delta: Tensor, *, direct: bool = False) -> Tensor:
+def rotate(x: Tensor, delta: Tensor) -> Tensor:
     """``x · blockdiag(R₁ … R_r)`` with ``R = I + Δ``, in the dtype of ``x``, rounded once.
 
     Args:
         x (torch.Tensor): ``(..., d)``, any floating dtype, any strides; nothing but it is kept for the backward pass.
         delta (torch.Tensor): ``(r, b, b)`` with ``r · b = d``; its gradient comes in its own dtype, so hand it over in
             float32 even where ``x`` is 16 bit.
-        direct (bool): pass the dispatcher by on a CPU, where that takes the time and nothing looks at operators.
 
     Returns:
         torch.Tensor: ``(..., d)``.
@@ -130,12 +131,10 @@ def rotate(x: Tensor, delta: Tensor, *, direct: bool = False) -> Tensor:
         and x.shape[:-1].numel() < _ops.FEW_TOKENS
         and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     )
-    gradient = torch.is_grad_enabled()
-    direct = direct and gradient and can_be_direct(x, delta)
-    if few and (direct or not gradient):
+    if few and (not torch.is_grad_enabled() or can_be_direct(x, delta)):
         _ops.check_rotation(x, delta)
         return _ops.rotate_few(x, delta)  # as the operator would; it and a Python node take longer than few tokens
-    return _eager.Rotate.apply(x, delta) if direct else torch.ops.oftv2.rotate(x, delta)
+    return ops.rotate(x, delta)
 
 
 def rotate_group(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
@@ -150,7 +149,7 @@ def rotate_group(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         list[torch.Tensor]: one ``(..., d)`` for each ``Δ``.
     """
-    return torch.ops.oftv2.rotate_group(x, list(deltas))
+    return ops.rotate_group(x, list(deltas))
 
 
 def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
@@ -165,7 +164,7 @@ def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
     Returns:
         torch.Tensor: ``(B, ..., d)``. The gradient of ``deltas`` is summed over the rows in a fixed order.
     """
-    return torch.ops.oftv2.rotate_rows(x, deltas, rows)
+    return ops.rotate_rows(x, deltas, rows)
 
 
 def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 4) -> Tensor:
@@ -183,8 +182,8 @@ def neumann_rotate(x: Tensor, generators: Tensor, block_size: int, terms: int = 
     """
     _check_packed(generators, block_size)
     if can_be_direct(x, generators):
-        return rotate(x, *_eager.Transform.apply(block_size, terms, generators), direct=True)
-    return torch.ops.oftv2.neumann_rotate(x, generators, block_size, terms)
+        return rotate(x, *Transform.apply(block_size, terms, generators))
+    return ops.neumann_rotate(x, generators, block_size, terms)
 
 
 def neumann_weight_form(
@@ -194,13 +193,13 @@ def neumann_weight_form(
     :func:`neumann_rotate`.
     """
     if can_be_direct(x, generators, weight):
-        return _eager.WeightForm.apply(x, *_eager.Transform.apply(block_size, terms, generators), weight, bias)
-    return torch.ops.oftv2.neumann_weight_form(x, generators, weight, bias, block_size, terms)
+        return ops.weight_form(x, *Transform.apply(block_size, terms, generators), weight, bias)
+    return ops.neumann_weight_form(x, generators, weight, bias, block_size, terms)
 
 
 def can_be_direct(*tensors: Tensor) -> bool:
     """Whether going from one operator to the next is what takes the time, and nothing looks at them."""
-    return tensors[0].is_cpu and not runs_kernels(tensors[0].device) and _eager.unobserved(*tensors)
+    return tensors[0].is_cpu and not runs_kernels(tensors[0].device) and unobserved(*tensors)
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -226,7 +225,6 @@ def oft_linear(
     bias: Tensor | None = None,
     *,
     form: str | None = None,
-    direct: bool = False,
 ) -> Tensor:
     """``y = (x R) Wᵀ + bias`` of a frozen weight, in the cheapest of its forms.
 
@@ -237,7 +235,6 @@ def oft_linear(
         bias (torch.Tensor | None): ``(n,)``.
         form (str | None): ``"input"`` rotates ``x``; ``"weight"`` rotates ``W``, for this call alone; ``"fused"``
             rotates ``x`` on its way into the product, without gradients; ``None``: :func:`choose_form` decides.
-        direct (bool): see :func:`rotate`.
 
     Returns:
         torch.Tensor: ``(..., n)``.
@@ -247,14 +244,12 @@ def oft_linear(
     """
     form = form or choose_form(x, weight, bias, delta.shape[-1])
     if form == WEIGHT:
-        if direct and can_be_direct(x, delta, weight):
-            return _eager.WeightForm.apply(x, delta, weight, bias)
-        return torch.ops.oftv2.weight_form(x, delta, weight, bias)
+        return ops.weight_form(x, delta, weight, bias)
     if form == FUSED:
-        return torch.ops.oftv2.rotate_matmul(x, delta, weight, bias)
+        return ops.rotate_matmul(x, delta, weight, bias)
     if form != INPUT:
         raise ValueError(f'form={form!r} is not allowed: use "input", "weight", "fused" or None')
-    return torch.nn.functional.linear(rotate(x, delta, direct=direct), weight, bias)
+    return torch.nn.functional.linear(rotate(x, delta), weight, bias)
 
 
 def forms(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *, gradient: bool) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class OFTLinear(OFTLayer):
             rotation = self.rotation
             settings = rotation.block_size, rotation.terms
             return F.neumann_weight_form(x, packed, self.base_layer.weight, self.bias, *settings)
-        return F.oft_linear(x, self.delta(x.dtype), self.base_layer.weight, self.bias, form=form, direct=True)
+        return F.oft_linear(x, self.delta(x.dtype), self.base_layer.weight, self.bias, form=form)
 
     def call_base(self, rotated_x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; RuntimeError where it lets no gradient through."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from ._bitsandbytes import weight_4bit
+from ._operator import ops
 from .backends import BACKENDS, find_backend
 from .config import OFTConfig
 from .cost_model import FUSED, INPUT, WEIGHT, Problem
@@ -78,8 +79,8 @@ class QuantOFTLinear(OFTLinear):
         if form == WEIGHT and (packed := self.changing_generators()) is not None:
             rotation = self.rotation
             settings = rotation.block_size, rotation.terms
-            return torch.ops.oftv2.neumann_weight_form_4bit(x, packed, bias, *weight, *settings)
-        operator = torch.ops.oftv2.weight_form_4bit if form == WEIGHT else torch.ops.oftv2.rotate_matmul_4bit
+            return ops.neumann_weight_form_4bit(x, packed, bias, *weight, *settings)
+        operator = ops.weight_form_4bit if form == WEIGHT else ops.rotate_matmul_4bit
         return operator(x, self.delta(x.dtype), bias, *weight)
 
     def merged_base(self, delta: Tensor) -> nn.Module:

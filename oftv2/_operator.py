@@ -1,0 +1,117 @@
+"""Operators: known to torch by a schema, a fake kernel and gradients, and called past its dispatcher where it can be.
+
+The dispatcher and autograd in Python take longer than the work of a small call: on a CPU than the rotation of a few
+tokens, on a GPU than what it does meanwhile. Where something looks at single operators (a compiler, a dispatch mode, a
+tensor subclass), they are called through the dispatcher; else an implementation is called as it is, in an autograd node
+of its own where there is something to differentiate. Both compute the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether nothing needs to see which operators work on ``tensors``."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+    )
+
+
+class Operator:
+    """An operator ``oftv2::name``. Its first argument is a tensor or a list of them.
+
+    Args:
+        name (str): its name in ``torch.ops.oftv2``.
+        schema (str): of its arguments and results.
+
+    Attributes:
+        plain (Callable): the implementation for every device.
+        kernels (dict[str, Callable]): by device type, an implementation that takes its place.
+    """
+
+    plain: Callable[..., Any]
+
+    def __init__(self, name: str, schema: str) -> None:
+        self.name = name
+        self.kernels: dict[str, Callable[..., Any]] = {}
+        torch.library.define(f"oftv2::{name}", schema)
+        self._dispatched = getattr(torch.ops.oftv2, name)
+        self._node: type[torch.autograd.Function] | None = None
+
+    def default(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers the implementation for every device, with autocast off: it would round the float32 blocks."""
+
+        @functools.wraps(function)
+        def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
+            device_type = (first if isinstance(first, Tensor) else first[0]).device.type
+            if torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return function(first, *args)
+            return function(first, *args)
+
+        torch.library.impl(f"oftv2::{self.name}", "CompositeExplicitAutograd")(implementation)
+        self.plain = implementation
+        return implementation
+
+    def fake(self, function: Callable[..., Any]) -> None:
+        """Registers what gives results of the right shape and dtype, without values."""
+        torch.library.register_fake(f"oftv2::{self.name}")(function)
+
+    def differentiable(self, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """Registers its gradients: ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)``."""
+        torch.library.register_autograd(f"oftv2::{self.name}", backward, setup_context=save)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self._implementation(args[0])(*args)
+            save(ctx, args, output)
+            return output
+
+        def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        camel_case = "".join(word.capitalize() for word in self.name.split("_"))
+        self._node = type(camel_case, (torch.autograd.Function,), methods)
+
+    def __call__(self, *args: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        lists = [tensor for arg in args if isinstance(arg, list) for tensor in arg if isinstance(tensor, Tensor)]
+        if not unobserved(*tensors, *lists) or tensors[0].is_meta:
+            return self._dispatched(*args)
+        if self._node is not None and torch.is_grad_enabled():
+            if any(tensor.requires_grad for tensor in lists):  # an autograd node of Python's does not look into them
+                return self._dispatched(*args)
+            if any(tensor.requires_grad for tensor in tensors):
+                return self._node.apply(*args)
+        return self._implementation(args[0])(*args)
+
+    def _implementation(self, first: Any) -> Callable[..., Any]:
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        return self.kernels.get(device.type, self.plain)
+
+
+class Operators:
+    """All operators, as attributes."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Operator: ...
+
+    def define(self, name: str, schema: str) -> None:
+        """Adds an operator."""
+        setattr(self, name, Operator(name, schema))
+
+
+ops = Operators()
