@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .tiles import (
     cdiv,
     exact_dot,
     load_blocks,
     load_skew,
     neumann_delta,
-    on_device,
     store_blocks,
     tile_positions,
     tile_size,
@@ -107,8 +107,7 @@ def cayley_neumann(generators: Tensor, block_size: int, terms: int) -> Tensor:
     delta = generators.new_empty(num_blocks, block_size, block_size)
     if num_blocks:
         grid, constants = _launch(block_size, num_blocks)
-        with on_device(generators):
-            _forward[grid](generators.contiguous(), delta, num_blocks, TERMS=terms, **constants)
+        run(_forward, grid, generators.contiguous(), delta, num_blocks, TERMS=terms, **constants)
     return delta
 
 
@@ -119,10 +118,8 @@ def cayley_neumann_backward(grads: Tensor, generators: Tensor, block_size: int, 
     if num_blocks:
         grid, constants = _launch(block_size, num_blocks)
         splits = grads.shape[0] if grads.dim() == 4 else 1
-        with on_device(generators):
-            _backward[grid](
-                grads.contiguous(), generators.contiguous(), grad, splits, num_blocks, TERMS=terms, **constants
-            )
+        upstream, packed = grads.contiguous(), generators.contiguous()
+        run(_backward, grid, upstream, packed, grad, splits, num_blocks, TERMS=terms, **constants)
     return grad
 
 
@@ -132,6 +129,5 @@ def times_inverse_transposed(products: Tensor, delta: Tensor) -> Tensor:
     out = products.new_empty(products.shape)
     if num_blocks:
         grid, constants = _launch(block_size, num_blocks)
-        with on_device(products):
-            _product[grid](products.contiguous(), delta, delta.stride(), out, num_blocks, **constants)
+        run(_product, grid, products.contiguous(), delta, delta.stride(), out, num_blocks, **constants)
     return out

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import cdiv, multiprocessors, on_device, tile_size
+from .launch import run
+from .tiles import cdiv, multiprocessors, tile_size
 
 # Rows that share one Δ: Δ of b = 32 is then a tenth of what a program reads and writes.
 _SHARE = 512
@@ -290,20 +291,21 @@ def dequantize_rotate(
     if not out.numel():
         return out
     # Without fusion: a fused multiply-add would round absmax = code · absmax₂ + offset once, bitsandbytes rounds twice.
-    with on_device(packed):
-        if delta is None:
-            source = storage(packed, absmax, code, d, blocksize, nested)
-            grid = (cdiv(d, 256), cdiv(n, 32))
-            _dequantize[grid](
-                source.tensors, out, n, d, source.pitch, ROWS=32, COLUMNS=256, EVEN=d % 256 == 0, **source.constants,
-                num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
-        else:
-            r, b, _ = delta.shape
-            source = storage(packed, absmax, code, d, blocksize, nested, whole=tile_size(b) % b == 0)
-            launch = plan(n, d, b, dtype, bool(source.constants["ALIGNED"]), packed.device)
-            _dequantize_rotate[launch.grid](
-                source.tensors, delta, delta.stride(), out, n, d, r, launch.share,
-                **source.constants, **launch.constants, enable_fp_fusion=False,
-            )  # fmt: skip
+    if delta is None:
+        source = storage(packed, absmax, code, d, blocksize, nested)
+        grid = (cdiv(d, 256), cdiv(n, 32))
+        run(
+            _dequantize, grid,
+            source.tensors, out, n, d, source.pitch, ROWS=32, COLUMNS=256, EVEN=d % 256 == 0, **source.constants,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    else:
+        r, b, _ = delta.shape
+        source = storage(packed, absmax, code, d, blocksize, nested, whole=tile_size(b) % b == 0)
+        launch = plan(n, d, b, dtype, bool(source.constants["ALIGNED"]), packed.device)
+        run(
+            _dequantize_rotate, launch.grid,
+            source.tensors, delta, delta.stride(), out, n, d, r, launch.share,
+            **source.constants, **launch.constants, enable_fp_fusion=False,
+        )  # fmt: skip
     return out

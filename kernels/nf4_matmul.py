@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .nf4 import load_weight, lookup, open_weight, scaling, storage, unpack
 from .rotate import rotate
-from .tiles import cdiv, on_device, rows
+from .tiles import cdiv, rows
 
 # Chosen by counting, for sm_80 and sm_90 with Triton 3.6, and not timed on a device: with 8 rows a value of x is read
 # and converted for as many weights, in 80 registers; 16 rows take all 255. 2048 divides most usual widths.
@@ -135,21 +136,21 @@ def rotate_matmul_4bit(
     biases = y if bias is None else bias
     # Fused multiply-adds round its scales once, where bitsandbytes rounds twice: the last bit of a float32.
     if T == 1 and source.constants["ALIGNED"] and x.element_size() == 2:
-        with on_device(x):
-            _matmul_one_token[cdiv(n, _ONE_TOKEN["ROWS"]),](
-                flat, source.tensors, biases, y, n, d, source.pitch, HAS_BIAS=bias is not None,
-                EVEN=d % _ONE_TOKEN["COLUMNS"] == 0, **source.constants, **_ONE_TOKEN,
-            )  # fmt: skip
+        run(
+            _matmul_one_token, (cdiv(n, _ONE_TOKEN["ROWS"]),),
+            flat, source.tensors, biases, y, n, d, source.pitch, HAS_BIAS=bias is not None,
+            EVEN=d % _ONE_TOKEN["COLUMNS"] == 0, **source.constants, **_ONE_TOKEN,
+        )  # fmt: skip
         return y
     # 16 rows keep many programs in flight; from 8 tokens on x̂ is read more than W, and twice the rows halve that.
     block_rows = 16 if T < 8 else 32
     warps, columns = (8, 512) if source.constants["ALIGNED"] and x.element_size() == 2 else (4, 128)
     grid = (cdiv(n, block_rows), cdiv(T, 16))
-    with on_device(x):
-        _matmul[grid](
-            flat, source.tensors, biases, y, T, n, d, source.pitch, flat.stride(0),
-            BLOCK_T=16, ROWS=block_rows, COLUMNS=columns, WARPS=warps, HAS_BIAS=bias is not None,
-            EVEN=d % columns == 0, **source.constants, num_warps=warps,
-            num_stages=3 if source.constants["ALIGNED"] else 1, enable_fp_fusion=False,
-        )  # fmt: skip
+    run(
+        _matmul, grid,
+        flat, source.tensors, biases, y, T, n, d, source.pitch, flat.stride(0),
+        BLOCK_T=16, ROWS=block_rows, COLUMNS=columns, WARPS=warps, HAS_BIAS=bias is not None,
+        EVEN=d % columns == 0, **source.constants, num_warps=warps,
+        num_stages=3 if source.constants["ALIGNED"] else 1, enable_fp_fusion=False,
+    )  # fmt: skip
     return y

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .tiles import (
     cdiv,
     load_blocks,
@@ -26,7 +27,6 @@ from .tiles import (
     multiprocessors,
     neumann_delta,
     next_power_of_2,
-    on_device,
     rows,
     store_blocks,
     store_rows,
@@ -262,11 +262,11 @@ def rotate(x: Tensor, sources: Sequence[Tensor], block_size: int, terms: int = 0
         flat = rows(x)
         given, strides, num_blocks = _sources(sources, terms)
         launch = plan(flat, num_blocks, block_size, terms, group=len(given), backward=False)
-        with on_device(x):
-            _forward[launch.grid](
-                flat, *_three(outs), *_three(given), strides,
-                *flat.shape, num_blocks, flat.stride(0), launch.share, **launch.constants,
-            )  # fmt: skip
+        run(
+            _forward, launch.grid,
+            flat, *_three(outs), *_three(given), strides,
+            *flat.shape, num_blocks, flat.stride(0), launch.share, **launch.constants,
+        )  # fmt: skip
     return outs
 
 
@@ -288,10 +288,10 @@ def rotate_backward(
         return grad_x, [torch.zeros(1, *shape, dtype=torch.float32, device=x.device) for _ in grads]
     launch = plan(flat, num_blocks, block_size, terms, group=len(grads), backward=True)
     partials = [torch.empty(launch.grid[1], *shape, dtype=torch.float32, device=x.device) for _ in grads]
-    with on_device(x):
-        _backward[launch.grid](
-            *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials), *_three(given),
-            strides, *flat.shape, num_blocks, *(grad.stride(0) for grad in _three(flats)), flat.stride(0),
-            launch.share, WITH_X=with_x, **launch.constants,
-        )  # fmt: skip
+    run(
+        _backward, launch.grid,
+        *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials), *_three(given),
+        strides, *flat.shape, num_blocks, *(grad.stride(0) for grad in _three(flats)), flat.stride(0),
+        launch.share, WITH_X=with_x, **launch.constants,
+    )  # fmt: skip
     return grad_x, partials

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .tiles import (
     cdiv,
     load_blocks,
     load_rows,
     multiprocessors,
     next_power_of_2,
-    on_device,
     rows,
     shared_memory,
     tile_columns,
@@ -177,15 +177,16 @@ def rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None 
     splits, size = launch.grid[1], out.numel()
     whole = splits == 1
     sums = out if whole else torch.empty(splits, size, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _matmul[launch.grid](
-            flat, delta, weight, bias if whole else None, sums, flat.shape[0], flat.shape[1], outputs,
-            delta.shape[0], flat.stride(0), weight.stride(0), launch.steps, launch.share,
-            STRIDES=delta.stride(), WITH_BIAS=whole and bias is not None, **launch.constants,
+    run(
+        _matmul, launch.grid,
+        flat, delta, weight, bias if whole else None, sums, flat.shape[0], flat.shape[1], outputs,
+        delta.shape[0], flat.stride(0), weight.stride(0), launch.steps, launch.share,
+        STRIDES=delta.stride(), WITH_BIAS=whole and bias is not None, **launch.constants,
+    )  # fmt: skip
+    if not whole:
+        run(
+            _sum, (cdiv(size, 256),),
+            sums, bias, out, size, outputs, splits,
+            SPLITS=next_power_of_2(splits), BLOCK=256, WITH_BIAS=bias is not None,
         )  # fmt: skip
-        if not whole:
-            _sum[(cdiv(size, 256),)](
-                sums, bias, out, size, outputs, splits,
-                SPLITS=next_power_of_2(splits), BLOCK=256, WITH_BIAS=bias is not None,
-            )  # fmt: skip
     return out

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .rotate import share_of, tiling
-from .tiles import cdiv, load_blocks, load_rows, load_rows_transposed, on_device, store_blocks, store_rows, tile_columns
+from .tiles import cdiv, load_blocks, load_rows, load_rows_transposed, store_blocks, store_rows, tile_columns
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,11 +101,11 @@ def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
         num_rows, tokens, columns = batch.shape
         tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=False)
         share = share_of(tokens, tiles * num_rows, constants, x.device)
-        with on_device(x):
-            _forward[(num_rows, tiles, cdiv(tokens, share))](
-                batch, out, deltas, rows.contiguous(), deltas.stride(),
-                tokens, columns, num_blocks, *batch.stride()[:2], share, **constants,
-            )  # fmt: skip
+        run(
+            _forward, (num_rows, tiles, cdiv(tokens, share)),
+            batch, out, deltas, rows.contiguous(), deltas.stride(),
+            tokens, columns, num_blocks, *batch.stride()[:2], share, **constants,
+        )  # fmt: skip
     return out
 
 
@@ -118,9 +119,9 @@ def rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tensor
     share = share_of(tokens, tiles * num_deltas, constants, x.device)
     grid = (num_deltas, tiles, cdiv(tokens, share))
     partials = torch.empty(grid[2], *deltas.shape, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _delta_grad[grid](
-            upstream, batch, partials, rows.contiguous(), num_rows, tokens, columns, num_blocks,
-            *upstream.stride()[:2], *batch.stride()[:2], share, **constants,
-        )  # fmt: skip
+    run(
+        _delta_grad, grid,
+        upstream, batch, partials, rows.contiguous(), num_rows, tokens, columns, num_blocks,
+        *upstream.stride()[:2], *batch.stride()[:2], share, **constants,
+    )  # fmt: skip
     return partials

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import run
 from .rotate import share_of, tiling
 from .tiles import (
     cdiv,
     load_blocks,
     load_rows,
     load_rows_transposed,
-    on_device,
     rows,
     store_blocks,
     store_rows,
@@ -125,11 +125,11 @@ def rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | Non
         grid, constants = _launch(x, count, deltas, backward=False)
         if order is not None:
             constants["num_stages"] = 2  # with more, registers for addresses ahead spill on sm_100
-        with on_device(x):
-            _forward[grid](
-                flat, out, deltas, ends.contiguous(), ends if order is None else order.contiguous(), deltas.stride(),
-                len(flat), times, x.shape[1], deltas.shape[1], flat.stride(0), order is not None, **constants,
-            )  # fmt: skip
+        run(
+            _forward, grid,
+            flat, out, deltas, ends.contiguous(), ends if order is None else order.contiguous(), deltas.stride(),
+            len(flat), times, x.shape[1], deltas.shape[1], flat.stride(0), order is not None, **constants,
+        )  # fmt: skip
     return out
 
 
@@ -142,9 +142,9 @@ def rotate_segments_delta_grad(
     upstream, flat = rows(grad), rows(x)
     grid, constants = _launch(x, len(grad), deltas, backward=True)
     partials = torch.empty(grid[2], *deltas.shape, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _delta_grad[grid](
-            upstream, flat, partials, ends.contiguous(), ends if order is None else order.contiguous(), len(flat),
-            times, x.shape[1], deltas.shape[1], upstream.stride(0), flat.stride(0), order is not None, **constants,
-        )  # fmt: skip
+    run(
+        _delta_grad, grid,
+        upstream, flat, partials, ends.contiguous(), ends if order is None else order.contiguous(), len(flat),
+        times, x.shape[1], deltas.shape[1], upstream.stride(0), flat.stride(0), order is not None, **constants,
+    )  # fmt: skip
     return partials

@@ -8,7 +8,6 @@ neighbouring ``B × B`` blocks on its diagonal and zeros elsewhere, so that any 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -52,11 +51,6 @@ def shared_memory(device: torch.device) -> int:
         return _DEFAULT_SHARED_MEMORY
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's device the current one, which is where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def rows(x: Tensor) -> Tensor:

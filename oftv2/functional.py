@@ -204,7 +204,7 @@ def can_be_direct(*tensors: Tensor) -> bool:
 
 def runs_kernels(device: torch.device) -> bool:
     """Whether a device runs the Triton kernels."""
-    return device.type == "cuda" and usable(device)
+    return device.type in ops.rotate.kernels and usable(device)
 
 
 def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:

@@ -57,7 +57,7 @@ def _without_shape(item: pytest.Item) -> tuple[str, ...]:
     params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)],
     ids=["interpreter", "cuda"],
 )
-def kernel_device(request: pytest.FixtureRequest):
+def device(request: pytest.FixtureRequest):
     """Where Triton kernels run here, registered for that device."""
     from oftv2._operator import ops
     from oftv2.kernels.register import register
@@ -68,15 +68,6 @@ def kernel_device(request: pytest.FixtureRequest):
         library._destroy()
         for operator in vars(ops).values():
             operator.kernels.pop("cpu", None)
-
-
-@pytest.fixture
-def device(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels run, and layers believe that they do."""
-    from oftv2 import functional
-
-    monkeypatch.setattr(functional, "runs_kernels", lambda device: True)
-    return kernel_device
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
-def launches(monkeypatch, kernel_device):
+def launches(monkeypatch, device):
     """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
     from oftv2.kernels import rotate
 
@@ -25,10 +25,10 @@ def launches(monkeypatch, kernel_device):
 class TestGroup:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(("size", "b", "d"), [(2, 32, 96), (3, 32, 64), (3, 12, 36), (2, 64, 128), (4, 16, 32)])
-    def test_equals_the_rotations_one_by_one(self, kernel_device, launches, size, b, d, dtype):
-        x = torch.randn(3, 25, d, device=kernel_device).to(dtype)
+    def test_equals_the_rotations_one_by_one(self, device, launches, size, b, d, dtype):
+        x = torch.randn(3, 25, d, device=device).to(dtype)
         grads = [torch.randn_like(x) for _ in range(size)]
-        deltas = [(0.1 * torch.randn(d // b, b, b, device=kernel_device)).requires_grad_() for _ in range(size)]
+        deltas = [(0.1 * torch.randn(d // b, b, b, device=device)).requires_grad_() for _ in range(size)]
         x_in = x.clone().requires_grad_()
         together = F.rotate_group(x_in, deltas)
         torch.autograd.backward(together, grads)
@@ -45,17 +45,17 @@ class TestGroup:
             assert_close(f"∂Δ {i}", deltas[i].grad.cpu(), wanted[i].grad, 4e-6)
         assert_close("∂x", x_in.grad.cpu(), x_ref.grad, ROUNDING[dtype])
 
-    def test_an_output_that_is_not_used_adds_nothing(self, kernel_device):
-        x = torch.randn(10, 32, device=kernel_device).bfloat16().requires_grad_()
-        deltas = [(0.1 * torch.randn(1, 32, 32, device=kernel_device)).requires_grad_() for _ in range(2)]
+    def test_an_output_that_is_not_used_adds_nothing(self, device):
+        x = torch.randn(10, 32, device=device).bfloat16().requires_grad_()
+        deltas = [(0.1 * torch.randn(1, 32, 32, device=device)).requires_grad_() for _ in range(2)]
         first, _ = F.rotate_group(x, deltas)
         first.sum().backward()
         assert deltas[0].grad.abs().sum() > 0
         assert torch.equal(deltas[1].grad, torch.zeros_like(deltas[1]))
 
-    def test_the_input_is_kept_once(self, kernel_device):
-        x = torch.randn(512, 64, device=kernel_device).bfloat16().requires_grad_()
-        deltas = [(0.1 * torch.randn(2, 32, 32, device=kernel_device)).requires_grad_() for _ in range(3)]
+    def test_the_input_is_kept_once(self, device):
+        x = torch.randn(512, 64, device=device).bfloat16().requires_grad_()
+        deltas = [(0.1 * torch.randn(2, 32, 32, device=device)).requires_grad_() for _ in range(3)]
         kept = {}
 
         def pack(tensor):

@@ -68,14 +68,14 @@ class TestDequantize:
         [(5, 256, 64), (3, 640, 128), (2, 512, 512), (7, 96, 64), (6, 33, 64), (30, 200, 4096), (1, 2, 64)],
         ids=str,
     )
-    def test_equals_plain_torch(self, kernel_device, n, d, blocksize, nested, dtype):
-        weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
+    def test_equals_plain_torch(self, device, n, d, blocksize, nested, dtype):
+        weight = Weight(device, n, d, blocksize=blocksize, nested=nested)
         actual = weight.rotated(None, dtype)
         assert actual.dtype == dtype
         assert torch.equal(actual, weight.dequantized(dtype))
 
-    def test_any_storage_dtype_and_offset(self, kernel_device):
-        weight = Weight(kernel_device, 4, 128)
+    def test_any_storage_dtype_and_offset(self, device):
+        weight = Weight(device, 4, 128)
         expected = weight.dequantized(torch.bfloat16)
         shifted = torch.cat([weight.packed.new_zeros(1, 1), weight.packed])[1:]
         assert shifted.storage_offset() == 1
@@ -83,10 +83,10 @@ class TestDequantize:
             weight.storage = (packed, *weight.storage[1:])
             assert torch.equal(weight.rotated(None, torch.bfloat16), expected)
 
-    def test_nothing_to_do(self, kernel_device):
-        weight = Weight(kernel_device, 2, 64)
+    def test_nothing_to_do(self, device):
+        weight = Weight(device, 2, 64)
         weight.layout = ((0, 64), 64)
-        assert weight.rotated(deltas(kernel_device, 64, 32), torch.float16).shape == (0, 64)
+        assert weight.rotated(deltas(device, 64, 32), torch.float16).shape == (0, 64)
 
 
 class TestDequantizeRotate:
@@ -110,24 +110,24 @@ class TestDequantizeRotate:
         ],
         ids=str,
     )
-    def test_value(self, kernel_device, n, d, b, blocksize, dtype):
+    def test_value(self, device, n, d, b, blocksize, dtype):
         if (b, dtype) == (256, torch.float32):
             with pytest.raises(ValueError, match="float32 in blocks of 256"):
-                Weight(kernel_device, n, d).rotated(deltas(kernel_device, d, b), dtype)
+                Weight(device, n, d).rotated(deltas(device, d, b), dtype)
             return
         for nested in (False, True):
-            weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
-            delta = deltas(kernel_device, d, b)
+            weight = Weight(device, n, d, blocksize=blocksize, nested=nested)
+            delta = deltas(device, d, b)
             expected = reference.merge_weight(weight.dequantized(dtype).double(), plus_identity(delta))
             assert_close("W′", weight.rotated(delta, dtype), expected, ROUNDING[dtype])
             zero = torch.zeros_like(delta)
             assert torch.equal(weight.rotated(zero, dtype), weight.dequantized(dtype))
 
     @pytest.mark.parametrize("b", [12, 32])
-    def test_delta_in_any_layout(self, kernel_device, b):
-        weight = Weight(kernel_device, 7, 2 * 96, nested=True)
+    def test_delta_in_any_layout(self, device, b):
+        weight = Weight(device, 7, 2 * 96, nested=True)
         W = weight.dequantized(torch.float32).double()
-        delta = deltas(kernel_device, 192, b)
+        delta = deltas(device, 192, b)
         layouts = {"transposed": delta.mT, "expanded": delta[:1].expand_as(delta), "sliced": delta.repeat(1, 1, 2)}
         layouts["sliced"] = layouts["sliced"][:, :, b:]
         for name, given in layouts.items():
@@ -135,10 +135,10 @@ class TestDequantizeRotate:
             expected = reference.merge_weight(W, plus_identity(given))
             assert_close(name, weight.rotated(given, torch.float32), expected, ROUNDING[torch.float32])
 
-    def test_small_rotations_survive_16_bit(self, kernel_device):
+    def test_small_rotations_survive_16_bit(self, device):
         """The effect of a rotation too small for R in bfloat16, before W′ is rounded to it."""
-        weight = Weight(kernel_device, 16, 256)
-        delta = deltas(kernel_device, 256, 32) * 0.02
+        weight = Weight(device, 16, 256)
+        delta = deltas(device, 256, 32) * 0.02
         W = weight.dequantized(torch.bfloat16).double()
         effect = reference.merge_weight(W, plus_identity(delta)) - W
         error = weight.rotated(delta, torch.bfloat16).double() - W - effect
@@ -160,12 +160,12 @@ class TestMatmul:
         ],
         ids=str,
     )
-    def test_value(self, kernel_device, n, d, b, blocksize, nested, T, dtype):
-        weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
+    def test_value(self, device, n, d, b, blocksize, nested, T, dtype):
+        weight = Weight(device, n, d, blocksize=blocksize, nested=nested)
         W = weight.dequantized(dtype).double()
-        x = torch.randn(T, d, device=kernel_device).to(dtype)
-        delta = deltas(kernel_device, d, b)
-        bias = torch.randn(n, device=kernel_device).to(dtype)
+        x = torch.randn(T, d, device=device).to(dtype)
+        delta = deltas(device, d, b)
+        bias = torch.randn(n, device=device).to(dtype)
         expected = reference.oft_linear(x.double(), plus_identity(delta), W, bias.double())
         actual = weight.product(x, delta, bias=bias)
         assert actual.dtype == dtype
@@ -180,11 +180,11 @@ class TestMatmul:
     @pytest.mark.parametrize(
         ("n", "d", "blocksize"), [(11, 4096, 64), (8, 4160, 32), (4, 2048, 2048), (12, 64, 64)], ids=str
     )
-    def test_one_token(self, kernel_device, n, d, blocksize, nested, dtype):
+    def test_one_token(self, device, n, d, blocksize, nested, dtype):
         """Whole and partial steps along the inputs; W as it is stored, not rounded to 16 bits."""
-        weight = Weight(kernel_device, n, d, blocksize=blocksize, nested=nested)
+        weight = Weight(device, n, d, blocksize=blocksize, nested=nested)
         W = weight.dequantized(torch.float32).double()
-        x, bias = (torch.randn(size, device=kernel_device).to(dtype) for size in (d, n))
+        x, bias = (torch.randn(size, device=device).to(dtype) for size in (d, n))
         expected = x.double() @ W.mT + bias.double()
         actual = weight.product(x, None, bias=bias)
         assert actual.shape == (n,)
@@ -192,14 +192,14 @@ class TestMatmul:
         assert ((actual.double() - expected).abs() <= 1.01 * half_step + 2e-6 * (x.double().abs() @ W.abs().mT)).all()
         assert torch.equal(actual, weight.product(x, None, bias=bias))
 
-    def test_any_layout_of_x(self, kernel_device):
-        weight = Weight(kernel_device, 24, 128)
-        delta = deltas(kernel_device, 128, 32)
-        x = torch.randn(2, 3, 256, device=kernel_device)[..., ::2]
+    def test_any_layout_of_x(self, device):
+        weight = Weight(device, 24, 128)
+        delta = deltas(device, 128, 32)
+        x = torch.randn(2, 3, 256, device=device)[..., ::2]
         expected = reference.oft_linear(x.double(), plus_identity(delta), weight.dequantized(torch.float32).double())
         actual = weight.product(x, delta)
         assert actual.shape == (2, 3, 24)
         assert_close("strided", actual, expected, ROUNDING[torch.float32])
-        sliced = torch.randn(5, 512, device=kernel_device)[:, 64:192]
+        sliced = torch.randn(5, 512, device=device)[:, 64:192]
         expected = sliced.double() @ weight.dequantized(torch.float32).double().mT
         assert_close("sliced", weight.product(sliced, None), expected, ROUNDING[torch.float32])

@@ -59,28 +59,28 @@ CASES = [  # tokens, d, n, b
 @DTYPES
 @pytest.mark.parametrize(("T", "d", "n", "b"), CASES, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-def test_value(kernel_device, T, d, n, b, with_bias, dtype):
+def test_value(device, T, d, n, b, with_bias, dtype):
     x, delta, weight = numbers(T, d, dtype=dtype), rotation(d // b, b), numbers(n, d, dtype=dtype, std=d**-0.5)
     bias = numbers(n, dtype=dtype) if with_bias else None
-    actual = run(kernel_device, x, delta, weight, bias)
+    actual = run(device, x, delta, weight, bias)
     assert actual.dtype == dtype
     assert_close("y", actual, expected_of(x, delta, weight, bias), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize(("T", "d", "n", "b"), [(2, 1024, 70, 32), (16, 512, 33, 16), (40, 640, 50, 64)], ids=str)
 @DTYPES
-def test_shares_of_the_columns(kernel_device, T, d, n, b, dtype):
+def test_shares_of_the_columns(device, T, d, n, b, dtype):
     """Few tiles of outputs: the columns are cut into shares, whose sums and the bias are added up."""
     assert splits(T, d, n, b, dtype) > 1
     x, delta, weight = numbers(T, d, dtype=dtype), rotation(d // b, b), numbers(n, d, dtype=dtype, std=d**-0.5)
     bias = numbers(n, dtype=dtype)
-    first, second = (run(kernel_device, x, delta, weight, bias) for _ in range(2))
+    first, second = (run(device, x, delta, weight, bias) for _ in range(2))
     assert_close("y", first, expected_of(x, delta, weight, bias), ROUNDING[dtype])
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_many_tokens(kernel_device, monkeypatch, dtype):
+def test_many_tokens(device, monkeypatch, dtype):
     """The tiles for many tokens, whose programs are ordered in groups."""
     from oftv2.kernels import rotate_matmul as module
 
@@ -90,20 +90,20 @@ def test_many_tokens(kernel_device, monkeypatch, dtype):
     launch = module.plan(x, delta, n)
     assert launch.constants["BLOCK_T"] == 128
     assert launch.grid[0] % launch.constants["GROUP"] != 0  # the last group is smaller
-    assert_close("y", run(kernel_device, x, delta, weight), expected_of(x, delta, weight), ROUNDING[dtype])
+    assert_close("y", run(device, x, delta, weight), expected_of(x, delta, weight), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (3, 5), (2, 1, 9)], ids=str)
-def test_leading_dimensions(kernel_device, leading):
+def test_leading_dimensions(device, leading):
     x, delta, weight = torch.randn(*leading, 64), rotation(2, 32), torch.randn(24, 64)
-    actual = run(kernel_device, x, delta, weight)
+    actual = run(device, x, delta, weight)
     assert actual.shape == (*leading, 24)
     assert actual.is_contiguous()
     assert_close("y", actual, expected_of(x, delta, weight), 4e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layouts(kernel_device, dtype):
+def test_layouts(device, dtype):
     delta, weight, bias = rotation(2, 32), numbers(100, 200, dtype=dtype), numbers(200, dtype=dtype)
     inputs = {
         "sliced": numbers(20, 200, dtype=dtype)[:, 3:131:2],
@@ -116,41 +116,41 @@ def test_layouts(kernel_device, dtype):
         for kind, W in weights.items():
             for turn, shared in ((delta.mT, "Δᵀ"), (delta[:1].expand(2, -1, -1), "one block"), (delta.to(dtype), "Δ")):
                 b = bias[::2][: W.shape[0]]
-                actual = run(kernel_device, x, turn, W, b)
+                actual = run(device, x, turn, W, b)
                 assert_close(f"{name}, {kind}, {shared}", actual, expected_of(x, turn, W, b), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("T", [1, 40])
 @DTYPES
-def test_zero_delta_is_the_plain_product(kernel_device, T, dtype):
+def test_zero_delta_is_the_plain_product(device, T, dtype):
     """Whole numbers, whose products and sums are exact in float32, so that every bit has to agree."""
     x, weight = torch.randint(-8, 9, (T, 512)).to(dtype), torch.randint(-8, 9, (70, 512)).to(dtype)
     expected = (x.double() @ weight.double().mT).to(dtype)
-    assert torch.equal(run(kernel_device, x, torch.zeros(16, 32, 32), weight), expected)
+    assert torch.equal(run(device, x, torch.zeros(16, 32, 32), weight), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_agrees_with_rotating_first(kernel_device, dtype):
+def test_agrees_with_rotating_first(device, dtype):
     """x̂ is rounded as by the separate rotation: what is left is the order of summation and one rounding of y."""
     from oftv2.kernels.rotate import rotate
 
     x, delta, weight = numbers(40, 128, dtype=dtype), rotation(4, 32), numbers(50, 128, dtype=dtype)
-    rotated = rotate(x.to(kernel_device), [delta.to(kernel_device)], 32)[0].cpu()
+    rotated = rotate(x.to(device), [delta.to(device)], 32)[0].cpu()
     expected = (rotated.double() @ weight.double().mT).to(dtype)
-    differing = run(kernel_device, x, delta, weight) != expected
+    differing = run(device, x, delta, weight) != expected
     assert differing.double().mean() < 0.02
 
 
-def test_what_is_not_written_is_not_zero_by_luck(kernel_device, monkeypatch):
+def test_what_is_not_written_is_not_zero_by_luck(device, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
     for T in (3, 45):
         x, delta, weight = torch.randn(T, 1020), rotation(85, 12), torch.randn(77, 1020)
-        assert run(kernel_device, x, delta, weight).isfinite().all()
+        assert run(device, x, delta, weight).isfinite().all()
 
 
-def test_what_no_kernel_takes_is_refused(kernel_device):
+def test_what_no_kernel_takes_is_refused(device):
     with pytest.raises(ValueError, match="blocks of 256"):
-        run(kernel_device, torch.randn(2, 256), torch.zeros(1, 256, 256), torch.randn(3, 256))
+        run(device, torch.randn(2, 256), torch.zeros(1, 256, 256), torch.randn(3, 256))
     with pytest.raises(ValueError, match="float64"):
-        run(kernel_device, torch.randn(2, 8).double(), torch.zeros(1, 8, 8), torch.randn(3, 8).double())
+        run(device, torch.randn(2, 8).double(), torch.zeros(1, 8, 8), torch.randn(3, 8).double())

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
-def launches(monkeypatch, kernel_device):
+def launches(monkeypatch, device):
     """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
     from oftv2.kernels import rotate_rows
 
@@ -149,41 +149,41 @@ class TestDefault:
 class TestKernels:
     @DTYPES
     @pytest.mark.parametrize(("leading", "blocks", "adapters"), SHAPES, ids=str)
-    def test_equals_the_rows_one_by_one(self, kernel_device, launches, leading, blocks, adapters, dtype):
-        compare(kernel_device, dtype, leading, blocks, adapters, torch.int32 if blocks[1] > 16 else torch.int64)
+    def test_equals_the_rows_one_by_one(self, device, launches, leading, blocks, adapters, dtype):
+        compare(device, dtype, leading, blocks, adapters, torch.int32 if blocks[1] > 16 else torch.int64)
         plain = dtype == torch.float64 or (dtype == torch.float32 and blocks[1] > 64)
         assert launches == ([] if plain else ["rotate_rows", "rotate_rows", "rotate_rows_delta_grad"])
 
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "offset"])
-    def test_layouts(self, kernel_device, launches, layout):
+    def test_layouts(self, device, launches, layout):
         x = {
             "transposed": lambda: torch.randn(64, 20, 3).permute(2, 1, 0),
             "sliced": lambda: torch.randn(3, 20, 200)[:, :, 3:131:2],
             "expanded": lambda: torch.randn(3, 1, 64).expand(3, 20, 64),
             "offset": lambda: torch.randn(4, 21, 65)[1:, 1:, 1:],
-        }[layout]().to(kernel_device)
-        deltas = 0.1 * torch.randn(2, 2, 32, 32, device=kernel_device)
-        rows = torch.tensor([1, 7, -1, 7, 0], device=kernel_device)[::2]
+        }[layout]().to(device)
+        deltas = 0.1 * torch.randn(2, 2, 32, 32, device=device)
+        rows = torch.tensor([1, 7, -1, 7, 0], device=device)[::2]
         for given in (deltas, deltas.mT, deltas[:, :1].expand(2, 2, 32, 32), deltas.flip(0)):
             expected = one_by_one(x.double().cpu(), given.double().cpu(), rows)
             assert_close("x̂", F.rotate_rows(x, given, rows).cpu(), expected, 2e-6)
         assert launches == ["rotate_rows"] * 4
 
     @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's numpy, at ∞ · 0
-    def test_rows_without_an_adapter_keep_infinities(self, kernel_device, launches):
-        x = torch.randn(2, 3, 32, device=kernel_device)
+    def test_rows_without_an_adapter_keep_infinities(self, device, launches):
+        x = torch.randn(2, 3, 32, device=device)
         x[:, 0, 0] = float("inf")
-        deltas = torch.randn(1, 1, 32, 32, device=kernel_device)
-        out = F.rotate_rows(x, deltas, torch.tensor([-1, 0], device=kernel_device))
+        deltas = torch.randn(1, 1, 32, 32, device=device)
+        out = F.rotate_rows(x, deltas, torch.tensor([-1, 0], device=device))
         assert torch.equal(out[0], x[0])
         assert launches == ["rotate_rows"]
 
-    def test_offsets_beyond_2_to_the_31(self, kernel_device, launches):
+    def test_offsets_beyond_2_to_the_31(self, device, launches):
         """Rows, tokens and adapters far apart, in memory that is never touched but there."""
-        memory = torch.empty(2**31 + 2**11, dtype=torch.bfloat16, device=kernel_device)
-        x, grad = torch.randn(2, 3, 4, 32).bfloat16().to(kernel_device)
-        deltas = (0.1 * torch.randn(3, 1, 32, 32)).bfloat16().to(kernel_device)
-        rows = torch.tensor([2, -1, 1], device=kernel_device)
+        memory = torch.empty(2**31 + 2**11, dtype=torch.bfloat16, device=device)
+        x, grad = torch.randn(2, 3, 4, 32).bfloat16().to(device)
+        deltas = (0.1 * torch.randn(3, 1, 32, 32)).bfloat16().to(device)
+        rows = torch.tensor([2, -1, 1], device=device)
         expected = F.rotate_rows(x, deltas, rows), ops.rotate_rows_delta_grad(grad, x, deltas, rows)
         for strides in ((2**30, 32, 1), (32, 2**29, 1)):
             apart = memory.as_strided(x.shape, strides)
@@ -195,30 +195,30 @@ class TestKernels:
         assert torch.equal(F.rotate_rows(x, far, rows), expected[0])
         assert len(launches) == 7
 
-    def test_two_runs_give_equal_bits(self, kernel_device):
+    def test_two_runs_give_equal_bits(self, device):
         x, grad, deltas, rows = problem((6, 70), (2, 32), 2)
-        arguments = grad.to(kernel_device).bfloat16(), x.to(kernel_device).bfloat16(), deltas.float().to(kernel_device)
-        first, second = (ops.rotate_rows_delta_grad(*arguments, rows.to(kernel_device)) for _ in range(2))
+        arguments = grad.to(device).bfloat16(), x.to(device).bfloat16(), deltas.float().to(device)
+        first, second = (ops.rotate_rows_delta_grad(*arguments, rows.to(device)) for _ in range(2))
         assert torch.equal(first, second)
 
-    def test_what_is_not_written_is_not_zero_by_luck(self, kernel_device, monkeypatch):
+    def test_what_is_not_written_is_not_zero_by_luck(self, device, monkeypatch):
         """Outputs are allocated full of NaN; every element has to be written, of adapters without a row too."""
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
-        x, grad = torch.randn(2, 3, 45, 84, device=kernel_device)
-        deltas, rows = 0.1 * torch.randn(4, 7, 12, 12, device=kernel_device), torch.tensor([2, -1, 0])
-        assert F.rotate_rows(x, deltas, rows.to(kernel_device)).isfinite().all()
-        totals = ops.rotate_rows_delta_grad(grad, x, deltas, rows.to(kernel_device))
+        x, grad = torch.randn(2, 3, 45, 84, device=device)
+        deltas, rows = 0.1 * torch.randn(4, 7, 12, 12, device=device), torch.tensor([2, -1, 0])
+        assert F.rotate_rows(x, deltas, rows.to(device)).isfinite().all()
+        totals = ops.rotate_rows_delta_grad(grad, x, deltas, rows.to(device))
         assert totals.isfinite().all()
         assert [bool(total.any()) for total in totals] == [True, False, True, False]
 
 
-def test_a_model_whose_rows_have_adapters_of_their_own(kernel_device, launches):
+def test_a_model_whose_rows_have_adapters_of_their_own(device, launches):
     model = oftv2.wrap_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), adapter_name="math", block_size=32)
     oftv2.add_adapter(model, "chat", block_size=16)
     randomize(model)
-    model.to(kernel_device, torch.bfloat16)
-    x, rows = torch.randn(4, 5, 64, device=kernel_device).bfloat16(), ["chat", "math", None, "chat"]
+    model.to(device, torch.bfloat16)
+    x, rows = torch.randn(4, 5, 64, device=device).bfloat16(), ["chat", "math", None, "chat"]
     expected = []
     for i, name in enumerate(rows):
         oftv2.set_adapter(model, name or "math")
@@ -235,8 +235,8 @@ def test_a_model_whose_rows_have_adapters_of_their_own(kernel_device, launches):
     assert all(packed.grad.any() for packed in model[0].generators.values())
 
 
-def test_opcheck(kernel_device):
-    x, grad, deltas, rows = (tensor.to(kernel_device) for tensor in problem((4, 3), (3, 4), 2))
+def test_opcheck(device):
+    x, grad, deltas, rows = (tensor.to(device) for tensor in problem((4, 3), (3, 4), 2))
     x, grad, deltas = x.float(), grad.float(), deltas.float()
     cases = {
         ops.rotate_rows: (x.clone().requires_grad_(), deltas.clone().requires_grad_(), rows),

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
-def launches(monkeypatch, kernel_device):
+def launches(monkeypatch, device):
     """Names of the kernel launchers that were called, so that no test compares plain torch with itself."""
     from oftv2.kernels import rotate_segments
 
@@ -151,59 +151,59 @@ class TestDefault:
 class TestKernels:
     @DTYPES
     @pytest.mark.parametrize(("lengths", "blocks"), CASES, ids=str)
-    def test_equals_the_segments_one_by_one(self, kernel_device, launches, lengths, blocks, dtype):
-        compare(kernel_device, dtype, lengths, blocks)
+    def test_equals_the_segments_one_by_one(self, device, launches, lengths, blocks, dtype):
+        compare(device, dtype, lengths, blocks)
         plain = dtype == torch.float64 or (dtype == torch.float32 and blocks[1] > 64)
         assert launches == ([] if plain else ["rotate_segments", "rotate_segments", "rotate_segments_delta_grad"])
 
     @DTYPES
     @pytest.mark.parametrize(("lengths", "blocks", "times"), ORDERED, ids=str)
-    def test_rows_in_an_order(self, kernel_device, launches, lengths, blocks, times, dtype):
-        compare(kernel_device, dtype, lengths, blocks, times)
+    def test_rows_in_an_order(self, device, launches, lengths, blocks, times, dtype):
+        compare(device, dtype, lengths, blocks, times)
         assert len(launches) == (0 if dtype == torch.float64 else 3)
 
-    def test_many_shares_of_few_long_segments(self, kernel_device, launches):
-        compare(kernel_device, torch.float32, (1000, 3), (1, 16))
+    def test_many_shares_of_few_long_segments(self, device, launches):
+        compare(device, torch.float32, (1000, 3), (1, 16))
         assert len(launches) == 3
 
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
-    def test_layouts(self, kernel_device, launches, layout):
+    def test_layouts(self, device, launches, layout):
         x = {
             "transposed": lambda: torch.randn(64, 20).t(),
             "sliced": lambda: torch.randn(20, 200)[:, 3:131:2],
             "offset": lambda: torch.randn(21, 65)[1:, 1:],
-        }[layout]().to(kernel_device)
-        deltas = 0.1 * torch.randn(2, 2, 32, 32, device=kernel_device)
-        ends = torch.tensor([7, 0, 20], device=kernel_device, dtype=torch.int32)[::2]
+        }[layout]().to(device)
+        deltas = 0.1 * torch.randn(2, 2, 32, 32, device=device)
+        ends = torch.tensor([7, 0, 20], device=device, dtype=torch.int32)[::2]
         for given in (deltas, deltas.mT, deltas[:, :1].expand(2, 2, 32, 32), deltas.flip(0)):
             expected = one_by_one(x.double().cpu(), given.double().cpu(), ends.cpu())
             assert_close("x̂", ops.rotate_segments(x, given, ends).cpu(), expected, 2e-6)
         assert launches == ["rotate_segments"] * 4
 
-    def test_two_runs_give_equal_bits(self, kernel_device):
+    def test_two_runs_give_equal_bits(self, device):
         x, grad, deltas, ends = problem((6, 70), (2, 32))
-        arguments = grad.to(kernel_device).bfloat16(), x.to(kernel_device).bfloat16(), deltas.float().to(kernel_device)
-        first, second = (ops.rotate_segments_delta_grad(*arguments, ends.to(kernel_device)) for _ in range(2))
+        arguments = grad.to(device).bfloat16(), x.to(device).bfloat16(), deltas.float().to(device)
+        first, second = (ops.rotate_segments_delta_grad(*arguments, ends.to(device)) for _ in range(2))
         assert torch.equal(first, second)
 
-    def test_what_is_not_written_is_not_zero_by_luck(self, kernel_device, monkeypatch):
+    def test_what_is_not_written_is_not_zero_by_luck(self, device, monkeypatch):
         """Outputs are allocated full of NaN; every element has to be written, of segments without rows too."""
         x, grad, deltas, ends = problem((6, 0, 45), (7, 12), torch.float32)
-        arguments = [tensor.float().to(kernel_device) for tensor in (x, deltas)]
+        arguments = [tensor.float().to(device) for tensor in (x, deltas)]
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
-        ends = ends.to(kernel_device)
+        ends = ends.to(device)
         assert ops.rotate_segments(*arguments, ends).isfinite().all()
-        totals = ops.rotate_segments_delta_grad(grad.float().to(kernel_device), *arguments, ends)
+        totals = ops.rotate_segments_delta_grad(grad.float().to(device), *arguments, ends)
         assert totals.isfinite().all()
         assert [bool(total.any()) for total in totals] == [True, False, True]
 
-    def test_offsets_beyond_2_to_the_31(self, kernel_device, launches):
+    def test_offsets_beyond_2_to_the_31(self, device, launches):
         """Tokens far apart, in memory that is never touched but there."""
-        memory = torch.empty(2**31 + 2**11, dtype=torch.bfloat16, device=kernel_device)
-        x, grad = torch.randn(2, 3, 32).bfloat16().to(kernel_device)
-        deltas = (0.1 * torch.randn(2, 1, 32, 32)).bfloat16().to(kernel_device)
-        ends = torch.tensor([1, 3], dtype=torch.int32, device=kernel_device)
+        memory = torch.empty(2**31 + 2**11, dtype=torch.bfloat16, device=device)
+        x, grad = torch.randn(2, 3, 32).bfloat16().to(device)
+        deltas = (0.1 * torch.randn(2, 1, 32, 32)).bfloat16().to(device)
+        ends = torch.tensor([1, 3], dtype=torch.int32, device=device)
         apart = memory.as_strided(x.shape, (2**30, 1))
         apart.copy_(x)
         for op, *rest in ((ops.rotate_segments,), (ops.rotate_segments_delta_grad, grad)):
@@ -211,13 +211,13 @@ class TestKernels:
         assert len(launches) == 4
 
 
-def test_opcheck(kernel_device):
-    x, grad, deltas, ends = (tensor.to(kernel_device) for tensor in problem((4, 3), (3, 4)))
+def test_opcheck(device):
+    x, grad, deltas, ends = (tensor.to(device) for tensor in problem((4, 3), (3, 4)))
     x, grad, deltas = x.float(), grad.float(), deltas.float()
     cases = {
         ops.rotate_segments: (x.clone().requires_grad_(), deltas.clone().requires_grad_(), ends),
-        ops.rotate_segments_delta_grad: (grad, x[::7].clone(), deltas, ends, torch.randperm(7, device=kernel_device)),
-        ops.segment_matmul: (x.clone().requires_grad_(), torch.randn(2, 12, 8, device=kernel_device), ends),
+        ops.rotate_segments_delta_grad: (grad, x[::7].clone(), deltas, ends, torch.randperm(7, device=device)),
+        ops.segment_matmul: (x.clone().requires_grad_(), torch.randn(2, 12, 8, device=device), ends),
     }
     for op, args in cases.items():
         torch.library.opcheck(op.default, args)
