@@ -6,7 +6,6 @@ a processor longer than many a kernel runs. What was found is kept here, by a ke
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,41 +25,31 @@ def run(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
     Args:
         kernel: decorated with ``triton.jit``.
         grid: one to three numbers of programs.
-        args: tensors, integers, None, and tuples of these, for the first parameters of the kernel.
+        args: for the first parameters of the kernel: tensors, integers, None, tuples of integers; the first one is a
+            tensor or a tuple of tensors.
         constants: by name, the parameters after these, and Triton's options.
     """
-    device = _device(args[0])
-    with _current(device):
-        key = (kernel, device, *constants.values(), *map(_kind, args))
-        found = _started.get(key)
-        if found is None:
-            _first_start(key, kernel, grid, args, constants)
+    tensors = args[0] if isinstance(args[0], tuple) else (args[0],)
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(kernel, grid, *args, **constants)
+    key, addresses = [kernel, device, *constants.values()], 0
+    for arg in (*tensors, *args[1:]):
+        if isinstance(arg, Tensor):
+            key.append(arg.dtype)
+            addresses |= arg.data_ptr()
         else:
-            compiled, rest = found
-            compiled[(*grid, 1, 1)[:3]](*args, *rest)
-
-
-def _first_start(key: tuple[Any, ...], kernel: Any, grid: Sequence[int], args: Sequence[Any], constants: Any) -> None:
+            key.append(arg)
+    found = _started.get(tuple(key)) if addresses % 16 == 0 else None
+    if found is not None:
+        compiled, rest = found
+        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        return None
     compiled = kernel[tuple(grid)](*args, **constants)
-    if _KNOWN and getattr(compiled, "module", None) is not None:  # it is none in the interpreter, and only compiled
+    # In the interpreter there is none, and without a module it was compiled and did not run.
+    if _KNOWN and addresses % 16 == 0 and getattr(compiled, "module", None) is not None:
         if len(_started) >= _MOST:
             _started.clear()
-        _started[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
-
-
-def _kind(arg: Any) -> Any:
-    """What Triton may compile another kernel for: an integer's value, a tensor's dtype and alignment."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() & 15
-    return tuple(map(_kind, arg)) if isinstance(arg, tuple) else arg
-
-
-def _device(first: Any) -> torch.device:
-    return first.device if isinstance(first, Tensor) else _device(first[0])
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a device the current one, which is where Triton launches."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+        _started[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    return None

@@ -45,20 +45,30 @@ def usable(device: torch.device) -> bool:
 
 def rotates(x: Tensor, block_size: int, *, group: int = 1, terms: int = 0) -> bool:
     """Whether a kernel rotates ``x``, by Δ or (with ``terms``) from packed generators."""
-    if not usable(x.device):
+    return _rotates(x.device, x.dtype, block_size, group, terms)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rotates(device: torch.device, dtype: torch.dtype, block_size: int, group: int, terms: int) -> bool:
+    if not usable(device):
         return False
     from . import rotate
 
-    return rotate.supports(x.dtype, block_size, group=group, terms=terms)
+    return rotate.supports(dtype, block_size, group=group, terms=terms)
 
 
 def transforms(generators: Tensor, block_size: int) -> bool:
     """Whether a kernel makes Δ from packed generators, or inverts R."""
-    if not usable(generators.device):
+    return _transforms(generators.device, generators.dtype, block_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _transforms(device: torch.device, dtype: torch.dtype, block_size: int) -> bool:
+    if not usable(device):
         return False
     from . import cayley
 
-    return cayley.supports(generators.dtype, block_size)
+    return cayley.supports(dtype, block_size)
 
 
 def _require_grad(values: Iterable[Any]) -> bool:

@@ -9,8 +9,10 @@ every run. Blocks too wide for one program's registers are cut into parts of ``W
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -218,23 +220,31 @@ def tiling(
     return cdiv(num_blocks, tile // block_size) * (tile // width), {**constants, **options}
 
 
-def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], device: torch.device) -> int:
-    """How many tokens a program takes, where ``tiles`` programs take the same tokens: enough to keep a device busy."""
-    shares = cdiv(multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
+def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], processors: int) -> int:
+    """How many tokens a program takes, where ``tiles`` programs take the same tokens: enough to keep so many
+    multiprocessors busy."""
+    shares = cdiv(processors * _PROGRAMS_PER_MULTIPROCESSOR[constants["TILE"]], tiles)
     return cdiv(cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
 
 
 def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
     """The launch for ``x`` of ``(T, d)``."""
-    tokens = x.shape[0]
-    tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, terms, group=group, backward=backward)
-    share = share_of(tokens, tiles, constants, x.device)
+    return _plan(x.dtype, x.shape[0], num_blocks, block_size, terms, group, backward, multiprocessors(x.device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    dtype: torch.dtype, tokens: int, num_blocks: int, block_size: int, terms: int, group: int, backward: bool,
+    processors: int,
+) -> Launch:  # fmt: skip
+    tiles, constants = tiling(dtype, tokens, num_blocks, block_size, terms, group=group, backward=backward)
+    share = share_of(tokens, tiles, constants, processors)
     return Launch((tiles, cdiv(tokens, share)), share, {"GROUP": group, "TERMS": terms, **constants})
 
 
-def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _three(values: Sequence[Any]) -> Sequence[Any]:
     """Fills the kernels' three places up; those beyond the group are not looked at."""
-    return [*tensors, *[tensors[0]] * (MAX_GROUP - len(tensors))]
+    return [*values, *[None] * (MAX_GROUP - len(values))]
 
 
 def _sources(sources: Sequence[Tensor], terms: int) -> tuple[list[Tensor], tuple[int, ...], int]:
@@ -291,7 +301,7 @@ def rotate_backward(
     run(
         _backward, launch.grid,
         *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials), *_three(given),
-        strides, *flat.shape, num_blocks, *(grad.stride(0) for grad in _three(flats)), flat.stride(0),
+        strides, *flat.shape, num_blocks, *_three([grad.stride(0) for grad in flats]), flat.stride(0),
         launch.share, WITH_X=with_x, **launch.constants,
     )  # fmt: skip
     return grad_x, partials

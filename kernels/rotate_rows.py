@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .launch import run
 from .rotate import share_of, tiling
-from .tiles import cdiv, load_blocks, load_rows, load_rows_transposed, store_blocks, store_rows, tile_columns
+from .tiles import (
+    cdiv,
+    load_blocks,
+    load_rows,
+    load_rows_transposed,
+    multiprocessors,
+    store_blocks,
+    store_rows,
+    tile_columns,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,7 +109,7 @@ def rotate_rows(x: Tensor, deltas: Tensor, rows: Tensor) -> Tensor:
         batch, (num_blocks, block_size) = _batch(x), deltas.shape[1:3]
         num_rows, tokens, columns = batch.shape
         tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=False)
-        share = share_of(tokens, tiles * num_rows, constants, x.device)
+        share = share_of(tokens, tiles * num_rows, constants, multiprocessors(x.device))
         run(
             _forward, (num_rows, tiles, cdiv(tokens, share)),
             batch, out, deltas, rows.contiguous(), deltas.stride(),
@@ -116,7 +125,7 @@ def rotate_rows_delta_grad(grad: Tensor, x: Tensor, deltas: Tensor, rows: Tensor
     upstream, batch, (num_deltas, num_blocks, block_size) = _batch(grad), _batch(x), deltas.shape[:3]
     num_rows, tokens, columns = batch.shape
     tiles, constants = tiling(x.dtype, tokens, num_blocks, block_size, 0, group=1, backward=True)
-    share = share_of(tokens, tiles * num_deltas, constants, x.device)
+    share = share_of(tokens, tiles * num_deltas, constants, multiprocessors(x.device))
     grid = (num_deltas, tiles, cdiv(tokens, share))
     partials = torch.empty(grid[2], *deltas.shape, dtype=torch.float32, device=x.device)
     run(

@@ -20,6 +20,7 @@ from .tiles import (
     load_blocks,
     load_rows,
     load_rows_transposed,
+    multiprocessors,
     rows,
     store_blocks,
     store_rows,
@@ -104,7 +105,11 @@ def _launch(
     segments, num_blocks, block_size = deltas.shape[:3]
     average = cdiv(count, segments)
     tiles, constants = tiling(x.dtype, average, num_blocks, block_size, 0, group=1, backward=backward)
-    return (segments, tiles, cdiv(average, share_of(average, tiles * segments, constants, x.device))), constants
+    return (
+        segments,
+        tiles,
+        cdiv(average, share_of(average, tiles * segments, constants, multiprocessors(x.device))),
+    ), constants
 
 
 def rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | None = None, times: int = 1) -> Tensor:
