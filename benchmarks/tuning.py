@@ -44,7 +44,8 @@ class Candidate:
     def applied(self) -> contextlib.ExitStack:
         """Within this context, launches go by these settings."""
         stack = contextlib.ExitStack()
-        stack.enter_context(mock.patch.object(rotate, "_plan", rotate._plan.__wrapped__))  # what it keeps is shipped
+        for launcher in (rotate, rotate_matmul):  # what they keep is what is shipped
+            stack.enter_context(mock.patch.object(launcher, "_plan", launcher._plan.__wrapped__))
         for module, name, value in self.patches:
             stack.enter_context(mock.patch.object(module, name, value))
         return stack

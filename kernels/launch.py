@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 # Versions whose compiled kernels are known to take a grid, then all arguments in the order of the signature.
 _KNOWN = (3, 4) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
@@ -25,22 +24,26 @@ def run(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
     Args:
         kernel: decorated with ``triton.jit``.
         grid: one to three numbers of programs.
-        args: for the first parameters of the kernel: tensors, integers, None, tuples of integers; the first one is a
-            tensor or a tuple of tensors.
+        args: for the first parameters of the kernel: tensors, integers, None, and tuples of tensors or of integers; the
+            first one is a tensor or has tensors.
         constants: by name, the parameters after these, and Triton's options.
     """
-    tensors = args[0] if isinstance(args[0], tuple) else (args[0],)
-    device = tensors[0].device
+    first = args[0][0] if type(args[0]) is tuple else args[0]
+    device = first.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(kernel, grid, *args, **constants)
-    key, addresses = [kernel, device, *constants.values()], 0
-    for arg in (*tensors, *args[1:]):
-        if isinstance(arg, Tensor):
-            key.append(arg.dtype)
-            addresses |= arg.data_ptr()
-        else:
+    key: list[Any] = [kernel, device]
+    key += constants.values()
+    addresses = 0
+    for arg in args:
+        kind = type(arg)
+        if kind is int or kind is bool or arg is None or (kind is tuple and type(arg[0]) is int):
             key.append(arg)
+            continue
+        for tensor in arg if kind is tuple else (arg,):
+            key.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
     found = _started.get(tuple(key)) if addresses % 16 == 0 else None
     if found is not None:
         compiled, rest = found

@@ -267,7 +267,7 @@ def rotate(x: Tensor, sources: Sequence[Tensor], block_size: int, terms: int = 0
     Returns:
         One ``(..., d)`` for each source, contiguous.
     """
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in sources]
+    outs = [x.new_empty(x.shape) for _ in sources]
     if x.numel():
         flat = rows(x)
         given, strides, num_blocks = _sources(sources, terms)
@@ -292,7 +292,7 @@ def rotate_backward(
     """Gradients of :func:`rotate`: ``∂x``, and partial sums of each ∂Δ, ``(shares, r, b, b)`` float32."""
     flats, flat = [rows(grad) for grad in grads], rows(x)
     given, strides, num_blocks = _sources(sources, terms)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if with_x else None
+    grad_x = x.new_empty(x.shape) if with_x else None
     shape = (num_blocks, block_size, block_size)
     if not x.numel():
         return grad_x, [torch.zeros(1, *shape, dtype=torch.float32, device=x.device) for _ in grads]

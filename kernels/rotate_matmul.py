@@ -9,6 +9,7 @@ added up afterwards in a fixed order: no atomics, equal bits in every run. x̂ i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -127,22 +128,29 @@ class Launch:
 
 def plan(x: Tensor, delta: Tensor, outputs: int) -> Launch:
     """The launch for ``x`` of ``(T, d)``, Δ of ``(r, b, b)`` and ``outputs`` rows of W."""
-    num_blocks, block_size, _ = delta.shape
-    if not supports(x.dtype, block_size):
-        raise ValueError(f"no kernel rotates and multiplies {x.dtype} in blocks of {block_size}")
-    size, tile = x.element_size(), _tile(block_size)
+    sizes = (x.shape[0], delta.shape[0], delta.shape[1], outputs)
+    return _plan(x.dtype, delta.element_size(), *sizes, multiprocessors(x.device), shared_memory(x.device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    dtype: torch.dtype, delta_size: int, tokens: int, num_blocks: int, block_size: int, outputs: int, programs: int,
+    memory: int,
+) -> Launch:  # fmt: skip
+    if not supports(dtype, block_size):
+        raise ValueError(f"no kernel rotates and multiplies {dtype} in blocks of {block_size}")
+    size, tile = dtype.itemsize, _tile(block_size)
     width = 128 // size
-    programs, memory = multiprocessors(x.device), shared_memory(x.device)
 
     def tiles(block_t: int, block_n: int, *_: int) -> int:
-        return cdiv(x.shape[0], block_t) * cdiv(outputs, block_n)
+        return cdiv(tokens, block_t) * cdiv(outputs, block_n)
 
     def stages(block_t: int, block_n: int, *_: int) -> int:
         """How many stages the shared memory takes."""
         x_columns = tile + (width if width < tile else 0)
-        return memory // (size * (block_t * x_columns + block_n * width) + delta.element_size() * tile * width)
+        return memory // (size * (block_t * x_columns + block_n * width) + delta_size * tile * width)
 
-    chosen = (_FEW_TOKENS if x.shape[0] <= 16 else _SOME_TOKENS)[size, tile]
+    chosen = (_FEW_TOKENS if tokens <= 16 else _SOME_TOKENS)[size, tile]
     many = _MANY_TOKENS.get((size, tile))
     if many and tiles(*many) >= programs and stages(*many) >= many[-1]:
         chosen = many
@@ -169,7 +177,7 @@ def rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None 
         y of ``(..., n)``, contiguous.
     """
     outputs = weight.shape[0]
-    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
+    out = x.new_empty(*x.shape[:-1], outputs)
     if not out.numel():
         return out
     flat, weight, bias = rows(x), rows(weight), None if bias is None else bias.contiguous()

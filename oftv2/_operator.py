@@ -20,12 +20,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def unobserved(*tensors: Tensor) -> bool:
     """Whether nothing needs to see which operators work on ``tensors``."""
-    return not (
+    return not (_observed() or any(type(tensor) not in _PLAIN for tensor in tensors))
+
+
+def _observed() -> bool:
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or torch._C._are_functorch_transforms_active()
-        or any(type(tensor) not in _PLAIN for tensor in tensors)
     )
 
 
@@ -86,20 +89,31 @@ class Operator:
         self._node = type(camel_case, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Any:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        lists = [tensor for arg in args if isinstance(arg, list) for tensor in arg if isinstance(tensor, Tensor)]
-        if not unobserved(*tensors, *lists) or tensors[0].is_meta:
+        if _observed():
             return self._dispatched(*args)
-        if self._node is not None and torch.is_grad_enabled():
-            if any(tensor.requires_grad for tensor in lists):  # an autograd node of Python's does not look into them
+        needs_grad = False
+        for arg in args:
+            if type(arg) in _PLAIN:
+                needs_grad = needs_grad or arg.requires_grad
+            elif isinstance(arg, Tensor) or (type(arg) is list and not self._takes(arg)):
                 return self._dispatched(*args)
-            if any(tensor.requires_grad for tensor in tensors):
-                return self._node.apply(*args)
+        if needs_grad and self._node is not None and torch.is_grad_enabled():
+            return self._node.apply(*args)
         return self._implementation(args[0])(*args)
 
+    def _takes(self, values: list[Any]) -> bool:
+        """Whether a call with these can be direct. A node of autograd in Python does not look into a list."""
+        differentiates = self._node is not None and torch.is_grad_enabled()
+        return not any(
+            isinstance(value, Tensor) and (type(value) not in _PLAIN or (differentiates and value.requires_grad))
+            for value in values
+        )
+
     def _implementation(self, first: Any) -> Callable[..., Any]:
-        device = (first if isinstance(first, Tensor) else first[0]).device
-        return self.kernels.get(device.type, self.plain)
+        kind = (first if isinstance(first, Tensor) else first[0]).device.type
+        if kind == "meta":
+            return self._dispatched
+        return self.kernels.get(kind, self.plain)
 
 
 class Operators:

@@ -155,6 +155,8 @@ class OFTLayer(MergeableLayer):
     @property
     def block_size(self) -> int:
         """The block size of the active adapters' product: the least common multiple of theirs."""
+        if len(self.sequence) == 1:
+            return self.rotations[self.sequence[0]].block_size
         return math.lcm(*(self.rotations[name].block_size for name in self.sequence))
 
     @property
@@ -229,7 +231,8 @@ class OFTLayer(MergeableLayer):
     def generators_of(self, adapter_names: Sequence[str]) -> list[Tensor]:
         """The generators of adapters, in their order."""
         generators = self.generators
-        return [getattr(generators, name) for name in adapter_names]  # as by [name], and quicker
+        parameters: Any = generators._parameters  # by [name] each is searched for, which takes longer
+        return [parameters[name] if name in parameters else generators[name] for name in adapter_names]
 
     def _build(self, *, dropout: bool = False) -> Tensor:
         deltas = []

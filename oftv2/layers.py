@@ -52,6 +52,7 @@ class OFTLinear(OFTLayer):
     """
 
     form: str | None = None
+    dequantizes = False  # the weight, in every pass
 
     @staticmethod
     def rotated_features(base_layer: Any) -> tuple[int, int]:
@@ -107,21 +108,25 @@ class OFTLinear(OFTLayer):
     def forms(self, dtype: torch.dtype, *, gradient: bool) -> tuple[str, ...]:
         """The forms that a call with activations of ``dtype`` can take."""
         base = self.base_layer
-        if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or not self.unhooked():
+        parameters = base._parameters  # spares the search for them, in every forward pass
+        weight = parameters.get("weight")
+        if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not unhooked(base):
             return (INPUT,)  # calling it may do more than multiply by an ordinary weight
-        return F.forms(dtype, base.weight, base.bias, gradient=gradient)
+        return F.forms(dtype, weight, parameters["bias"], gradient=gradient)
 
     def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
         """The sizes of a call, for the cost model."""
         d, n = self.rotated_features(self.base_layer)[0], self.out_features
-        return Problem(tokens, d, n, self.block_size, dtype.itemsize, gradient)
+        return Problem(tokens, d, n, self.block_size, dtype.itemsize, gradient, self.dequantizes)
 
     def choose_form(self, x: Tensor) -> str:
         """The form of this call: the forced one, or the cheapest."""
-        plain_cpu = x.is_cpu and not F.runs_kernels(x.device)
-        if self.form is None and plain_cpu and x.numel() <= x.shape[-1] * self.out_features:
-            return INPUT  # up to n tokens it always is, and for few, asking costs as much as what is chosen
         gradient = torch.is_grad_enabled()
+        # Up to n tokens this is it, and for few, asking costs as much as what is chosen; but kernels for no gradient,
+        # or for a weight that is dequantized in any case, may beat it.
+        input_first = (gradient and not self.dequantizes) or not F.runs_kernels(x.device)
+        if self.form is None and input_first and x.numel() <= x.shape[-1] * self.out_features:
+            return INPUT
         possible = self.forms(x.dtype, gradient=gradient)
         if self.form is not None:
             if self.form not in possible:

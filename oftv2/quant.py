@@ -13,7 +13,7 @@ from ._bitsandbytes import weight_4bit
 from ._operator import ops
 from .backends import BACKENDS, find_backend
 from .config import OFTConfig
-from .cost_model import FUSED, INPUT, WEIGHT, Problem
+from .cost_model import FUSED, INPUT, WEIGHT
 from .errors import AdapterError
 from .layers import OFTLinear
 from .merging import rotated
@@ -34,6 +34,8 @@ class QuantOFTLinear(OFTLinear):
         AdapterError: the block size does not divide ``in_features``.
         RuntimeError: in a forward pass, when the base layer lets no gradient through.
     """
+
+    dequantizes = True
 
     def __init__(self, base_layer: nn.Module, config: OFTConfig | None = None, **kwargs: Any) -> None:
         super().__init__(base_layer, config, **kwargs)
@@ -70,9 +72,6 @@ class QuantOFTLinear(OFTLinear):
         if base.compute_dtype not in (None, dtype) or torch.is_autocast_enabled(base.weight.device.type):
             return (INPUT,)
         return (INPUT, WEIGHT) if gradient else (INPUT, FUSED)
-
-    def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
-        return super().problem(tokens, dtype, gradient=gradient)._replace(quantized=True)
 
     def call_in_form(self, form: str, x: Tensor) -> Tensor:
         bias, weight = None if self.bias is None else self.bias.to(x.dtype), weight_4bit(self.base_layer)
