@@ -39,7 +39,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SUITES = (
     "tests",
     *(f"gpu_kernels:{name}" for name in ("determinism", "kernels", "nf4_kernels")),
-    *(f"gpu_layers:{name}" for name in ("launches", "saved", "decoder", "decoder_nf4", "decoding", "decoding_nf4")),
+    *(f"gpu_layers:{name}" for name in ("launches", "saved", "host")),
+    *(f"gpu_layers:{name}" for name in ("decoder", "decoder_nf4", "decoding", "decoding_nf4")),
     *(f"gpu_models:{name}" for name in ("steps", "steps_nf4")),
 )
 # What a suite may take, and the tests: several times what they should.

@@ -124,6 +124,32 @@ def _replayed(settings: Settings, layer: nn.Module, x: Tensor) -> Callable[[int]
     return lambda i: graph.replay()
 
 
+def host(settings: Settings) -> list[dict[str, object]]:
+    """Python and launches: a layer so small that the device waits for them, beyond the frozen one, over LoRA's."""
+    methods = available(["frozen", "oft", "lora", "peft-oft"])[0]
+    weight, x = random(settings, 256, 256), random(settings, 8, 256)
+    layers = {method: on_layer(method, linear(weight), Sizes()) for method in methods}
+
+    def step(layer: nn.Module) -> Callable[[int], object]:
+        given = x.clone().requires_grad_()
+        return lambda i: [layer(given).backward(x) for _ in range(20)]
+
+    def token(layer: nn.Module) -> Callable[[int], object]:
+        return lambda i: [layer(x) for _ in range(20)]
+
+    rows = []
+    for what, run in (("training step", step), ("pass without gradients", token)):
+        training = run is step
+        with torch.set_grad_enabled(training):
+            times = medians(settings, {method: run(layer.train(training)) for method, layer in layers.items()})
+        beyond = {method: taken - times["frozen"] for method, taken in times.items() if method != "frozen"}
+        others = ", ".join(f"{method} {taken / 20 * 1e6:.0f}" for method, taken in beyond.items())
+        over = beyond["oft"] / beyond["lora"] if "lora" in beyond else "missing: peft"
+        frozen = f"frozen {times['frozen'] / 20 * 1e6:.0f} µs"
+        rows.append(row(f"host time of a {what} beyond the {frozen} ({others} µs): oft over lora", "", over))
+    return rows
+
+
 def saved(settings: Settings) -> list[dict[str, object]]:
     """Bytes kept for the backward pass by q, k and v on one input, beyond the weights, over one copy of it."""
     d, kv, _ = next(iter(settings.models.values()))
