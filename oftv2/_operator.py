@@ -50,7 +50,8 @@ class Operator:
         self.name = name
         self.kernels: dict[str, Callable[..., Any]] = {}
         torch.library.define(f"oftv2::{name}", schema)
-        self._dispatched = getattr(torch.ops.oftv2, name)
+        self._dispatched = getattr(torch.ops.oftv2, name).default
+        self._defaults = tuple(argument.default_value for argument in self._dispatched._schema.arguments)
         self._node: type[torch.autograd.Function] | None = None
 
     def default(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +92,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if _observed():
             return self._dispatched(*args)
-        needs_grad = False
+        needs_grad, args = False, args + self._defaults[len(args) :]
         for arg in args:
             if type(arg) in _PLAIN:
                 needs_grad = needs_grad or arg.requires_grad
