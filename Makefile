@@ -10,8 +10,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/python examples/finetune.py
 
+# A process for each core, up to eight: one takes up to 2.5 GB of memory. Each runs whole files, whose tests share what
+# took long to make, in the order of tests/conftest.py.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)

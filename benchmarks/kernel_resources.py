@@ -7,7 +7,7 @@
 Each case of ``kernel_cases.py`` calls a launcher as users' calls do, on tensors without memory. A stand-in for the CUDA
 driver names the target, and a launch compiles its kernel and stops there; so what is examined is what would run on that
 GPU: the launcher's own tile sizes, warps and stages, and Triton's own specialization on divisible arguments. The
-figures are read from the machine code (``cuobjdump``, which ships with Triton). Triton's cache makes reruns fast.
+figures are read from the machine code (``kernel_binaries.py``). Triton's cache makes reruns fast.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+from kernel_binaries import Instructions, Usage, disassemble, find_disassemblers, read_usage
 
 
 class GPU(NamedTuple):
@@ -96,51 +95,6 @@ def compile_launches(launch: Any, capability: int, device: str = "meta") -> list
     return launches
 
 
-def find_cuobjdump() -> str:
-    """The disassembler that ships with Triton, or else one on the path."""
-    import triton
-
-    try:
-        return triton.knobs.nvidia.cuobjdump.path
-    except (AttributeError, RuntimeError) as error:
-        if found := shutil.which("cuobjdump"):
-            return found
-        raise SystemExit(
-            "cuobjdump is neither in the triton package nor on PATH; it is part of the CUDA toolkit"
-        ) from error
-
-
-class Binary(NamedTuple):
-    """What the machine code of a kernel shows."""
-
-    registers: int  # a thread
-    spilled_bytes: int  # of a thread: what it keeps in memory for want of registers
-    spills_in_loops: int  # instructions that move such bytes, between a loop's first and last instruction
-    tensor_cores: str  # names of the instructions that use them
-
-
-def read_binary(cubin: bytes, cuobjdump: str) -> Binary:
-    """Takes a kernel's machine code apart."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [cuobjdump, "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)(.*?);", text, re.MULTILINE)
-    code = [(int(address, 16), name, rest) for address, name, rest in lines]
-    if usage is None or not any(name == "EXIT" for _, name, _ in code):
-        raise RuntimeError(f"{' '.join(command)} printed something that is not understood: {text[:500]!r}")
-    registers, stack, local = map(int, usage.groups())
-    jumps = [
-        (int(to[0], 16), at) for at, name, rest in code if name == "BRA" and (to := re.findall("0x[0-9a-f]+", rest))
-    ]
-    loops = [(start, end) for start, end in jumps if start < end]
-    spills = [at for at, name, _ in code if name in ("LDL", "STL") and any(start <= at <= end for start, end in loops)]
-    tensor_cores = sorted({name for _, name, _ in code if name.endswith("MMA")})
-    return Binary(registers, stack + local, len(spills), " ".join(tensor_cores) or "none")
-
-
 @functools.lru_cache
 def load_cases(path: Path) -> dict[str, Any]:
     """The cases of a file by name."""
@@ -152,8 +106,18 @@ def load_cases(path: Path) -> dict[str, Any]:
     return cases
 
 
-def examine(path: Path, name: str, capability: int, cuobjdump: str) -> tuple[list[Row], list[str]]:
-    """One case for one target: a row for each kernel it launches, and what is wrong with it."""
+class Compiled(NamedTuple):
+    """A kernel that a case launches on a target: all but what its instructions tell."""
+
+    where: str
+    capability: int
+    row: Row
+    usage: Usage
+    plain: bool  # is to use no tensor cores
+
+
+def compile_case(path: Path, name: str, capability: int, cuobjdump: str) -> tuple[list[Compiled], list[str]]:
+    """One case for one target: the kernels it launches, and why there are none."""
     case = load_cases(path)[name]
     where = f"{name}, sm_{capability}"
     try:
@@ -161,36 +125,34 @@ def examine(path: Path, name: str, capability: int, cuobjdump: str) -> tuple[lis
             launches = compile_launches(case.launch, capability)
     except Exception as error:  # whatever a launcher or the compiler raises is this case's finding
         return [], [f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"]
-    rows: list[Row] = []
-    problems = [] if launches else [f"{where}: launches no kernel"]
+    found: list[Compiled] = []
     for function, compiled in launches:
-        kernel = f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}"
-        binary = read_binary(compiled.asm["cubin"], cuobjdump)
         row = {
             "case": name,
             "target": f"sm_{capability}",
-            "kernel": kernel,
+            "kernel": f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}",
             "num_warps": compiled.metadata.num_warps,
             "num_stages": compiled.metadata.num_stages,
             "shared_bytes": compiled.metadata.shared,
-            **binary._asdict(),
         }
-        if row in rows:
-            continue
-        rows.append(row)
-        if binary.spilled_bytes:
-            problems.append(
-                f"{where}, {kernel}: spills {binary.spilled_bytes} bytes a thread "
-                f"({binary.spills_in_loops} instructions in loops)"
-            )
-        if row["shared_bytes"] > GPUS[capability].shared_kib * 1024:
-            problems.append(
-                f"{where}, {kernel}: needs {row['shared_bytes']} bytes of shared memory, "
-                f"a block has {GPUS[capability].shared_kib * 1024}"
-            )
-        if binary.tensor_cores == "none" and function.fn.__name__ not in case.plain:
-            problems.append(f"{where}, {kernel}: no tensor-core instructions")
-    return rows, problems
+        usage = read_usage(compiled.asm["cubin"], cuobjdump)
+        found.append(Compiled(where, capability, row, usage, function.fn.__name__ in case.plain))
+    return found, [] if launches else [f"{where}: launches no kernel"]
+
+
+def examine(kernel: Compiled, instructions: Instructions) -> tuple[Row, list[str]]:
+    """A kernel's row, and what is wrong with it."""
+    registers, spilled, *_ = kernel.usage
+    row = {**kernel.row, "registers": registers, "spilled_bytes": spilled, **instructions._asdict()}
+    what, problems = f"{kernel.where}, {row['kernel']}", []
+    if spilled:
+        problems.append(f"{what}: spills {spilled} bytes a thread ({row['spills_in_loops']} instructions in loops)")
+    limit = GPUS[kernel.capability].shared_kib * 1024
+    if row["shared_bytes"] > limit:
+        problems.append(f"{what}: needs {row['shared_bytes']} bytes of shared memory, a block has {limit}")
+    if row["tensor_cores"] == "none" and not kernel.plain:
+        problems.append(f"{what}: no tensor-core instructions")
+    return row, problems
 
 
 def follow(futures: dict[Future[Any], str]) -> Iterator[Future[Any]]:
@@ -211,15 +173,28 @@ def examine_all(path: Path, only: str, targets: list[int], jobs: int) -> tuple[l
     names = [name for name in load_cases(path) if re.search(only, name)]
     if not names:
         raise SystemExit(f"--only {only!r} matches no case of {path}")
-    cuobjdump = find_cuobjdump()
+    programs = find_disassemblers()
     tasks = [(name, target) for name in names for target in targets]
     with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(examine, path, name, target, cuobjdump) for name, target in tasks]
+        futures = [pool.submit(compile_case, path, name, target, programs.cuobjdump) for name, target in tasks]
         labels = {future: f"{name}, sm_{target}" for future, (name, target) in zip(futures, tasks, strict=True)}
         for future in follow(labels):
             future.result()
     results = [future.result() for future in futures]
-    return [row for rows, _ in results for row in rows], [line for _, lines in results for line in lines]
+    codes: dict[str, list[bytes]] = {}
+    for usage in (kernel.usage for kernels, _ in results for kernel in kernels):
+        codes.setdefault(usage.architecture, []).append(usage.code)
+    read = {name: iter(disassemble(each, name, programs.nvdisasm)) for name, each in codes.items()}
+    rows: list[Row] = []
+    problems: list[str] = []
+    for kernels, failures in results:
+        problems += failures
+        for kernel in kernels:
+            row, wrong = examine(kernel, next(read[kernel.usage.architecture]))
+            if row not in rows:
+                rows.append(row)
+                problems += wrong
+    return rows, problems
 
 
 def write(rows: list[Row], out: Path) -> None:

@@ -7,14 +7,20 @@ name, and the tests are to import what is installed, whatever the working direct
 from __future__ import annotations
 
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import hypothesis
 import pytest
+
+# Processes of pytest-xdist, and what tests start in them, share the cores. Has to be chosen before torch is imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+
+import hypothesis
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,6 +34,18 @@ if not HAS_CUDA:
 
     interpreter.install()
 
+# What takes longest, in the order in which processes of pytest-xdist begin with it: none is left alone in the end.
+LONGEST = [
+    "kernel_resources",
+    "examples",
+    "kernels_rotate_rows",
+    "distributed",
+    "kernels",
+    "training",
+    "trl",
+    "gpu_check",
+]
+
 # The same examples in every run, and as long as a busy machine needs for them.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
@@ -38,7 +56,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes out kernel tests that this machine, with or without a CUDA device, is not for; and further shapes."""
+    """Takes out kernel tests that this machine, with or without a CUDA device, is not for; and further shapes. What
+    takes longest comes first."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     left_out = [item for item in items if item.get_closest_marker("interpreter" if HAS_CUDA else "gpu")]
     if config.getoption("--quick"):
         first: dict[tuple[str, ...], pytest.Item] = {}
@@ -68,6 +89,15 @@ def device(request: pytest.FixtureRequest):
         library._destroy()
         for operator in vars(ops).values():
             operator.kernels.pop("cpu", None)
+
+
+@pytest.fixture
+def two_threads():
+    """Sums are split between threads, however many this process was given."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""Every example runs as a user would run it: as a program, on its own, and what it claims is checked."""
+"""Every example runs as a user would run it: as a program, on its own, and what it claims is checked.
+
+Further ways to run one are tried in this process, which has imported everything already: that is most of the time.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import oftv2
+from conftest import run_script
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -37,6 +42,26 @@ def run(script: str, *arguments: object, cwd: Path, status: int = 0) -> str:
     output, errors = process.communicate(timeout=300)
     assert process.returncode == status, output + errors
     return output + errors
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is in an empty folder, and imports what lies beside the examples as they do."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def finetune_here(here: None, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs ``finetune.py`` to its end in this process, and returns what it printed."""
+
+    def run_here(*arguments: object) -> str:
+        import finetune
+
+        assert finetune.main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    return run_here
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -92,10 +117,10 @@ def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path) -> None:
     assert losses["one"] == losses["two"] != losses["three"]
 
 
-def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    output = run(
-        "finetune.py", "--quick", "--compare", "--model", tiny_model, "--data", rows, "--out", "result", "--rank", 4,
-        "--targets", "q_proj", "down_proj", "--block-size", 8, cwd=tmp_path,
+def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Path, finetune_here) -> None:
+    output = finetune_here(
+        "--quick", "--compare", "--model", tiny_model, "--data", rows, "--out", "result", "--rank", 4,
+        "--targets", "q_proj", "down_proj", "--block-size", 8,
     )  # fmt: skip
     runs = report(tmp_path / "result")["methods"]
     assert list(runs) == ["oft", "lora"]
@@ -111,11 +136,8 @@ def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Pa
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_quantized_base(tmp_path: Path, tiny_model: Path, rows: Path, quantize: str) -> None:
-    run(
-        "finetune.py", "--quick", "--quantize", quantize, "--model", tiny_model, "--data", rows, "--out", "result",
-        cwd=tmp_path,
-    )  # fmt: skip
+def test_quantized_base(tmp_path: Path, tiny_model: Path, rows: Path, finetune_here, quantize: str) -> None:
+    finetune_here("--quick", "--quantize", quantize, "--model", tiny_model, "--data", rows, "--out", "result")
     oft = report(tmp_path / "result")["methods"]["oft"]
     assert oft["training"]["losses"][-1] < oft["training"]["losses"][0]
     assert oft["checks"]["reloaded_logit_difference"] == 0.0
@@ -123,11 +145,8 @@ def test_quantized_base(tmp_path: Path, tiny_model: Path, rows: Path, quantize: 
     assert oft["checks"]["merged_logit_difference"] < allowed * oft["checks"]["largest_logit"]
 
 
-def test_full_finetuning_is_reloaded_exactly(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    run(
-        "finetune.py", "--quick", "--method", "full", "--model", tiny_model, "--data", rows, "--out", "result",
-        cwd=tmp_path,
-    )  # fmt: skip
+def test_full_finetuning_is_reloaded_exactly(tmp_path: Path, tiny_model: Path, rows: Path, finetune_here) -> None:
+    finetune_here("--quick", "--method", "full", "--model", tiny_model, "--data", rows, "--out", "result")
     full = report(tmp_path / "result")["methods"]["full"]
     assert full["trainable_parameters"] == full["parameters"]
     assert full["checks"]["reloaded_logit_difference"] == 0.0
@@ -180,8 +199,7 @@ def test_ctrl_c_saves_what_there_is(tmp_path: Path, tiny_model: Path, rows: Path
         "latin-1",
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_bad_rows_are_named(here: None, tmp_path: Path, text: str, message: str) -> None:
     from _data import DataError, read_jsonl, split
 
     path = tmp_path / "rows.jsonl"
@@ -191,8 +209,7 @@ def test_bad_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tex
     assert message in str(error.value)
 
 
-def test_no_question_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_no_question_is_on_both_sides(here: None) -> None:
     from _data import Example, generate, split
 
     config = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -218,17 +235,14 @@ def test_no_question_is_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["file", "task", "full-nf4", "steps", "block-size", "targets", "out", "device"],
 )
 def test_mistakes_are_told_without_a_traceback(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    here: None,
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,
     rows: Path,
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.chdir(tmp_path)
-    import finetune  # in this process: no training happens, and importing everything again is most of the time
+    import finetune
 
     data = [] if arguments[0] in ("--data", "--task") else ["--data", str(rows)]
     try:
@@ -241,8 +255,7 @@ def test_mistakes_are_told_without_a_traceback(
     assert "finetune.py: error: " in errors
 
 
-def test_terminals_and_homes_that_lack_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_terminals_and_homes_that_lack_something(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import _model
     import finetune
     from _report import write_json
@@ -281,12 +294,11 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert all(tensor.abs().max() > 0 for tensor in saved.values())
 
 
-def test_asking_for_help_is_no_run(tmp_path: Path) -> None:
-    scripts = ["plain_loop.py", "sft_trl.py", "qoft_trainer.py"]
-    for script, process in [(script, start(script, "--help", cwd=tmp_path)) for script in scripts]:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert f"usage: {script}" in output
+@pytest.mark.parametrize("script", ["plain_loop.py", "sft_trl.py", "qoft_trainer.py"])
+def test_asking_for_help_is_no_run(here: None, tmp_path: Path, monkeypatch, capsys, script: str) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run_script(monkeypatch, EXAMPLES / script, "--help")
+    assert f"usage: {script}" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -68,7 +68,7 @@ def test_a_suite_that_goes_wrong_costs_no_other(tmp_path, monkeypatch):
     (tmp_path / "trials.py").write_text(SUITES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = {
-        name: gpu_check.run_suite(f"trials:{name}", 15, device="cpu", quick=True, isolated=True)
+        name: gpu_check.run_suite(f"trials:{name}", 60, device="cpu", quick=True, isolated=True)
         for name in ("figures", "missing", "wrong", "crashes")
     }
     assert found["figures"] == [{"what": "cpu", "goal": "", "figure": "1", "met": None}]

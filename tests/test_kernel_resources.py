@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 import pytest
 
+import kernel_binaries
 import kernel_resources
 from conftest import ROOT
 
@@ -265,7 +266,7 @@ def test_without_the_option_it_only_reports(monkeypatch, capsys):
 
 
 def test_missing_disassembler_is_said(monkeypatch):
-    monkeypatch.setattr(kernel_resources.shutil, "which", lambda name: None)
+    monkeypatch.setattr(kernel_binaries.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace())
     with pytest.raises(SystemExit, match="cuobjdump is neither"):
-        kernel_resources.find_cuobjdump()
+        kernel_binaries.find_disassemblers()

@@ -261,6 +261,7 @@ class TestRotate:
         F.rotate(*both).square().sum().backward()
         torch.testing.assert_close(x.grad if wants_x else delta.grad, both[0 if wants_x else 1].grad)
 
+    @pytest.mark.usefixtures("two_threads")
     def test_two_runs_give_equal_bits(self):
         x, g, delta = torch.randn(777, 96), torch.randn(777, 96), torch.randn(3, 32, 32) * 0.1
         first, second = ops.rotate_backward(g, x, delta), ops.rotate_backward(g, x, delta)

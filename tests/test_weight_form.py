@@ -176,6 +176,7 @@ class TestLayer:
         expected.sum().backward()
         torch.testing.assert_close(layer.generators["default"].grad, wanted)
 
+    @pytest.mark.usefixtures("two_threads")
     def test_two_runs_give_equal_bits(self, layer):
         x, gradients = torch.randn(500, 32), []
         for _ in range(2):
