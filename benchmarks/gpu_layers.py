@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ import torch
 from gpu_measure import Settings, at_most, medians, random, row
 from torch import Tensor, nn
 
+from host_time import beyond_frozen
+from host_time import samples as host_samples
 from measure import MissingError, require, saved_bytes
 from methods import Sizes, available, linear, linear_nf4, on_layer
 
@@ -126,27 +129,14 @@ def _replayed(settings: Settings, layer: nn.Module, x: Tensor) -> Callable[[int]
 
 def host(settings: Settings) -> list[dict[str, object]]:
     """Python and launches: a layer so small that the device waits for them, beyond the frozen one, over LoRA's."""
-    methods = available(["frozen", "oft", "lora", "peft-oft"])[0]
-    weight, x = random(settings, 256, 256), random(settings, 8, 256)
-    layers = {method: on_layer(method, linear(weight), Sizes()) for method in methods}
-
-    def step(layer: nn.Module) -> Callable[[int], object]:
-        given = x.clone().requires_grad_()
-        return lambda i: [layer(given).backward(x) for _ in range(20)]
-
-    def token(layer: nn.Module) -> Callable[[int], object]:
-        return lambda i: [layer(x) for _ in range(20)]
-
     rows = []
-    for what, run in (("training step", step), ("pass without gradients", token)):
-        training = run is step
-        with torch.set_grad_enabled(training):
-            times = medians(settings, {method: run(layer.train(training)) for method, layer in layers.items()})
-        beyond = {method: taken - times["frozen"] for method, taken in times.items() if method != "frozen"}
-        others = ", ".join(f"{method} {taken / 20 * 1e6:.0f}" for method, taken in beyond.items())
-        over = beyond["oft"] / beyond["lora"] if "lora" in beyond else "missing: peft"
-        frozen = f"frozen {times['frozen'] / 20 * 1e6:.0f} µs"
-        rows.append(row(f"host time of a {what} beyond the {frozen} ({others} µs): oft over lora", "", over))
+    for what, gradient in (("training step", True), ("pass without gradients", False)):
+        taken = host_samples(settings.device, settings.dtype, gradient=gradient, rounds=settings.rounds)
+        times = ", ".join(f"{method} {1e6 * statistics.median(found):.0f}" for method, found in taken.items())
+        over: float | str = "missing: peft"
+        if "lora" in taken:
+            over = statistics.median(beyond_frozen(taken, "oft", "lora"))
+        rows.append(row(f"host time of a {what} ({times} µs): oft over lora, beyond frozen", "", over))
     return rows
 
 

@@ -13,37 +13,25 @@ import sys
 import pytest
 import torch
 
+from conftest import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+
 SCRIPT = """
 import json
 import torch, triton
-from kernel_resources import CompileOnlyDriver
+from host_time import LaunchingNothingDriver
 from oftv2.kernels import cayley, launch, nf4_matmul, rotate, rotate_matmul
-
-class Utilities:
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 227 * 1024}
-
-    def load_binary(self, *arguments):
-        return ("module", "function", 32, 0, 1024)
-
-    def unload_module(self, module):
-        pass
 
 def plain(value):
     if isinstance(value, torch.Tensor):  # where in its storage, so that copies of a tensor differ by nothing else
         return [str(value.dtype), list(value.shape), list(value.stride()), value.storage_offset()]
     return [plain(part) for part in value] if isinstance(value, (tuple, list)) else value
 
-class NotingDriver(CompileOnlyDriver):
-    utils = Utilities()
+def note(metadata, grid, arguments):
+    noted.append([metadata.name, metadata.hash, grid, plain(arguments)])
 
-    def launcher_cls(self, source, metadata):
-        def note(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-            noted.append([metadata.name, metadata.hash, [x, y, z], list(plain(arguments))])
-
-        return note
-
-triton.runtime.driver.set_active(NotingDriver(90))
+triton.runtime.driver.set_active(LaunchingNothingDriver(90, note))
 b, d, n = 16, 64, 48
 code, absmax, packed = torch.zeros(16), torch.zeros(n), torch.zeros(n * d // 2, 1, dtype=torch.uint8)
 
@@ -83,15 +71,19 @@ print(json.dumps({"found": found, "again": noting(), "searches": len(searches)})
 """
 
 
+def without_interpreter(*arguments: object) -> str:
+    """What a program printed that compiles kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(BENCHMARKS)
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def launches():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.path.join(os.path.dirname(__file__), os.pardir, "benchmarks")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(without_interpreter("-c", SCRIPT))
 
 
 def test_the_same_kernels_get_the_same_arguments(launches):
@@ -123,3 +115,17 @@ def test_what_is_kept_is_bounded(monkeypatch):
         launch.run(kernel, (1,), x, tokens, WIDTH=16, num_warps=4)
         assert len(launch._started) <= 3
     assert all(rest == (16,) for _, rest in launch._started.values())
+
+
+def test_host_time_is_written_down(tmp_path):
+    printed = without_interpreter(BENCHMARKS / "host_time.py", "--rounds", 6, "--out", tmp_path / "host-time")
+    rows = json.loads((tmp_path / "host-time.json").read_text())
+    assert [row["method"] for row in rows] == ["frozen", "oft", "lora", "peft-oft"] * 2
+    assert [row["launches"] for row in rows] == ["stand-in"] * 8
+    beyond = {(row["what"], row["method"]): row.get("beyond_frozen_over_lora") for row in rows}
+    for what in ("training step", "pass without gradients"):
+        assert beyond[what, "frozen"] is None
+        assert beyond[what, "lora"] == 1
+        assert 0 < beyond[what, "oft"] < beyond[what, "peft-oft"]
+        assert what in printed
+    assert (tmp_path / "host-time.csv").read_text().count("\n") == 9
