@@ -28,8 +28,13 @@ def _observed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
+        or in_torch_func()
     )
+
+
+def in_torch_func() -> bool:
+    """Whether this is called within a transform of ``torch.func``, such as ``vmap`` or ``grad``."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class Operator:
@@ -90,9 +95,11 @@ class Operator:
         self._node = type(camel_case, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Any:
+        args += self._defaults[len(args) :]
         if _observed():
-            return self._dispatched(*args)
-        needs_grad, args = False, args + self._defaults[len(args) :]
+            # torch.func goes through plain operations as they are; torch.library's operators it does not know.
+            return self.plain(*args) if in_torch_func() else self._dispatched(*args)
+        needs_grad = False
         for arg in args:
             if type(arg) in _PLAIN:
                 needs_grad = needs_grad or arg.requires_grad

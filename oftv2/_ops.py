@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._operator import ops
+from ._operator import in_torch_func, ops
 
 # Elements of x that a CPU takes at a time. It bounds what is converted to float32 where x is 16 bit; and a sum over all
 # tokens at once leaves the caches (2 threads, float32, b = 32, T = 2048: 2.8 ms at d = 1536, 2.4 in such parts).
@@ -66,13 +66,13 @@ def rotate_few(x: Tensor, delta: Tensor) -> Tensor:
 def rotate(x: Tensor, delta: Tensor) -> Tensor:
     """``x + x Δ`` of ``x`` ``(..., d)`` and ``Δ`` ``(r, b, b)``, in the dtype of ``x``."""
     check_rotation(x, delta)
-    if x.element_size() < 4 and x.device.type == "cpu":  # its 16-bit products are slow and coarse
+    if x.element_size() < 4 and x.device.type == "cpu" and not in_torch_func():  # its 16-bit products: slow, coarse
         flat, out = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for part in _chunks(flat):
             out.view(flat.shape)[part] = rotate(flat[part].float(), delta)
         return out
     recorded = torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad)  # for second derivatives
-    if x.element_size() < 4 or x.shape[:-1].numel() < FEW_TOKENS or recorded:
+    if x.element_size() < 4 or x.shape[:-1].numel() < FEW_TOKENS or recorded or in_torch_func():
         return rotate_few(x, delta.to(x.dtype))
     # In float32 and above R = I + Δ loses nothing that rounding the result would keep, and saves a pass over x.
     R = add_identity(delta.to(x.dtype))

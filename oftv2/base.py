@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from ._operator import in_torch_func
 from .checkpointing import in_checkpoint
 from .config import OFTConfig
 from .errors import AdapterError
@@ -252,7 +253,7 @@ class OFTLayer(MergeableLayer):
 
     def _changes(self, names: Sequence[str], generators: Sequence[Tensor]) -> bool:
         """Whether Δ has to be built anew; drops the cache then."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or in_torch_func():  # values are not to be read
             return True
         if self.training or (torch.is_grad_enabled() and any(packed.requires_grad for packed in generators)):
             self._check_divergence(zip((self.rotations[name] for name in names), generators, strict=True), self.name)

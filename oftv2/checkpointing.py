@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._operator import in_torch_func
+
 
 def in_checkpoint() -> bool:
     """Whether this is called within ``torch.utils.checkpoint``, in the forward pass or in its recomputation."""
@@ -46,7 +48,9 @@ class InputGradients:
         self.switches = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def _wanted(self, module: nn.Module) -> bool:
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or in_torch_func():
+            return False
+        if not (module.training and torch.is_grad_enabled()):
             return False
         return not self.switches or any(switch.gradient_checkpointing for switch in self.switches)
 
