@@ -7,6 +7,8 @@ Several layers of one block size share a launch by handing over their generators
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -90,6 +92,7 @@ def _product(products, delta, strides, out, num_blocks, B: tl.constexpr, TILE: t
     store_blocks(out, exact_dot(G, tl.trans(X)), first, num_blocks, 0, B, TILE, TILE)
 
 
+@functools.lru_cache(maxsize=256)
 def _launch(block_size: int, num_blocks: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the constants of both kernels."""
     tile = tile_size(block_size)

@@ -33,7 +33,7 @@ def run(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(kernel, grid, *args, **constants)
-    key: list[Any] = [kernel, device]
+    key: list[Any] = [id(kernel), device]  # its own hash takes a lock; kernels live as long as their modules
     key += constants.values()
     addresses = 0
     for arg in args:

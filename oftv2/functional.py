@@ -129,7 +129,7 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
         x.is_cpu
         and x.dtype == delta.dtype
         and x.shape[:-1].numel() < _ops.FEW_TOKENS
-        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or runs_kernels(x.device))
     )
     if few and (not torch.is_grad_enabled() or can_be_direct(x, delta)):
         _ops.check_rotation(x, delta)

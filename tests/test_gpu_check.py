@@ -127,6 +127,8 @@ def test_quick_tests_are_one_of_each_kind(tmp_path):
 
 
 def test_no_suite_starts_when_the_time_is_up(tmp_path):
+    import gpu_check
+
     finished = run("--device", "cpu", "--minutes", "0", "--out", tmp_path / "out", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
