@@ -70,17 +70,14 @@ def kernels_on_a_cpu() -> Iterator[None]:
     from then on."""
     import triton
 
-    from oftv2._operator import ops
-    from oftv2.kernels.register import register
+    from oftv2.kernels.register import register, unregister
 
     triton.runtime.driver.set_active(LaunchingNothingDriver(90))
     library = register("CPU")
     try:
         yield
     finally:
-        library._destroy()
-        for operator in vars(ops).values():
-            operator.kernels.pop("cpu", None)
+        unregister(library, "CPU")
 
 
 def samples(device: torch.device, dtype: torch.dtype, *, gradient: bool, rounds: int) -> dict[str, list[float]]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import triton
 
-# Versions whose compiled kernels are known to take a grid, then all arguments in the order of the signature.
+# Versions whose compiled kernels are known to take a grid, then all arguments in the order of the signature. Of others,
+# each launch is left to Triton.
 _KNOWN = (3, 4) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 _MOST = 4096
 _started: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}

@@ -33,6 +33,13 @@ def register(dispatch_key: str = "CUDA") -> torch.library.Library:
     return library
 
 
+def unregister(library: torch.library.Library, dispatch_key: str) -> None:
+    """Takes back what :func:`register` did; only where that was not for good."""
+    library._destroy()
+    for name in _IMPLEMENTATIONS:
+        del getattr(ops, name).kernels[dispatch_key.lower()]
+
+
 @functools.lru_cache(maxsize=16)
 def usable(device: torch.device) -> bool:
     """Whether the kernels run on a device."""

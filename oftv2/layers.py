@@ -108,11 +108,10 @@ class OFTLinear(OFTLayer):
     def forms(self, dtype: torch.dtype, *, gradient: bool) -> tuple[str, ...]:
         """The forms that a call with activations of ``dtype`` can take."""
         base = self.base_layer
-        parameters = base._parameters  # spares the search for them, in every forward pass
-        weight = parameters.get("weight")
+        weight = base._parameters.get("weight")  # spares the search for it, in every forward pass
         if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not unhooked(base):
             return (INPUT,)  # calling it may do more than multiply by an ordinary weight
-        return F.forms(dtype, weight, parameters["bias"], gradient=gradient)
+        return F.forms(dtype, weight, base.bias, gradient=gradient)
 
     def problem(self, tokens: int, dtype: torch.dtype, *, gradient: bool) -> Problem:
         """The sizes of a call, for the cost model."""

@@ -80,15 +80,12 @@ def _without_shape(item: pytest.Item) -> tuple[str, ...]:
 )
 def device(request: pytest.FixtureRequest):
     """Where Triton kernels run here, registered for that device."""
-    from oftv2._operator import ops
-    from oftv2.kernels.register import register
+    from oftv2.kernels.register import register, unregister
 
     library = register("CPU") if request.param == "cpu" else None
     yield torch.device(request.param)
     if library is not None:
-        library._destroy()
-        for operator in vars(ops).values():
-            operator.kernels.pop("cpu", None)
+        unregister(library, "CPU")
 
 
 @pytest.fixture
