@@ -138,11 +138,11 @@ def save_late(folder: Path, rank: int, world: int) -> list[str]:
     if world == 1:
         return []
     model = shard(oftv2.wrap_model(base(folder, "float32"), block_size=16))
-    patience, sharding.PATIENCE = sharding.PATIENCE, 0.2
+    patience, sharding.PATIENCE = sharding.PATIENCE, 1.5
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            time.sleep(1.5 * rank)
+            time.sleep(4 * rank)
             oftv2.save_adapter(model, folder / "late")
             sharding.PATIENCE = 60.0
             oftv2.save_adapter(model, folder / "late")  # nobody waits long
