@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import functional as F
 from .base import OFTLayer
-from .merging import rotated
+from .layers import unhooked
+from .merging import cloned, rotated
 from .partitioned import full_shape
 
 
@@ -41,11 +43,21 @@ class OFTConv2d(OFTLayer):
         return self.base_layer(x) if rows is None else rows.each(self, x, self._convolve)
 
     def _convolve(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        base = self.base_layer
         if delta is None:
-            return self.base_layer(x)
-        weight, groups = self.base_layer.weight, self.base_layer.groups
+            return base(x)
+        computed = isinstance(vars(base).get("weight"), Tensor)
+        if computed:  # by hooks, before each pass: of weight_norm, spectral_norm and pruning
+            for hook in base._forward_pre_hooks.values():
+                hook(base, (x,))
+        weight, groups = base.weight, base.groups
         kernels = _as_kernels(F.rotate(_as_rows(weight, groups), delta.mT), groups, weight.shape)
-        return self.base_layer._conv_forward(x, kernels, self.base_layer.bias)
+        if computed or is_parametrized(base) or (type(base) is nn.Conv2d and unhooked(base)):
+            return base._conv_forward(x, kernels, base.bias)
+        stand_in = cloned(base)  # with hooks or a forward of its own, as timm's convolutions have
+        stand_in._parameters.pop("weight")
+        vars(stand_in)["weight"] = kernels
+        return stand_in(x)
 
     @staticmethod
     def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:

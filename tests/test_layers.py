@@ -258,3 +258,39 @@ class TestConv2d:
     def test_unbatched_input(self):
         layer = OFTConv2d(nn.Conv2d(4, 8, 3), OFTConfig(block_size=12))
         assert layer(torch.randn(4, 9, 7)).shape == (8, 7, 5)
+
+    @pytest.mark.parametrize("kind", ["standardized", "padded", "hooked"])
+    def test_layers_that_do_more_than_convolve(self, kind):
+        """timm's ``StdConv2d`` and ``Conv2dSame`` have a forward of their own; hooks may change what goes in or out."""
+
+        class Own(nn.Conv2d):
+            def forward(self, x):
+                if kind == "padded":
+                    return self._conv_forward(nn.functional.pad(x, (0, 1, 0, 2)), self.weight, self.bias)
+                return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+        base, x = (nn.Conv2d if kind == "hooked" else Own)(4, 8, 3), torch.randn(2, 4, 9, 7)
+        if kind == "hooked":
+            base.register_forward_hook(lambda module, args, output: 2 * output)
+        expected = base(x)
+        layer = OFTConv2d(base, OFTConfig(block_size=12))
+        torch.testing.assert_close(layer(x), expected)
+        randomize(layer)
+        expected = layer(x)
+        expected.sum().backward()
+        assert layer.generators["default"].grad.all()
+        layer.merge()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+    @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "own"])
+    def test_weights_that_are_computed_in_each_pass(self, norm):
+        layer = OFTConv2d(norm(nn.Conv2d(4, 8, 3)), OFTConfig(block_size=12))
+        randomize(layer)
+        x = torch.randn(2, 4, 9, 7)
+        bias, before = layer.bias[:, None, None], layer(x)
+        for name, parameter in layer.base_layer.named_parameters():
+            if name.endswith(("weight_g", "original0")):
+                parameter.data.mul_(2)
+        torch.testing.assert_close(layer(x) - bias, 2 * (before - bias))
+        assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
