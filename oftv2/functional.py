@@ -126,10 +126,11 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
         torch.Tensor: ``(..., d)``.
     """
     few = (
-        x.is_cpu
+        not torch.compiler.is_compiling()  # a compiled graph would be for so many tokens alone
+        and x.is_cpu
         and x.dtype == delta.dtype
         and x.shape[:-1].numel() < _ops.FEW_TOKENS
-        and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or runs_kernels(x.device))
+        and not (torch.is_autocast_enabled("cpu") or runs_kernels(x.device))
     )
     if few and (not torch.is_grad_enabled() or can_be_direct(x, delta)):
         _ops.check_rotation(x, delta)

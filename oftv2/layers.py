@@ -122,9 +122,10 @@ class OFTLinear(OFTLayer):
         """The form of this call: the forced one, or the cheapest."""
         gradient = torch.is_grad_enabled()
         # Up to n tokens this is it, and for few, asking costs as much as what is chosen; but kernels for no gradient,
-        # or for a weight that is dequantized in any case, may beat it.
+        # or for a weight that is dequantized in any case, may beat it. Compiled graphs are for any number of tokens.
         input_first = (gradient and not self.dequantizes) or not F.runs_kernels(x.device)
-        if self.form is None and input_first and x.numel() <= x.shape[-1] * self.out_features:
+        compiling = torch.compiler.is_compiling()
+        if self.form is None and input_first and (compiling or x.numel() <= x.shape[-1] * self.out_features):
             return INPUT
         possible = self.forms(x.dtype, gradient=gradient)
         if self.form is not None:
