@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oftv2._operator import ops
+from oftv2._operator import ops, require_grad
 from oftv2._ops import check_features, check_rotation
 from oftv2._quant_ops import Weight4bit
 from oftv2._row_ops import check_rows
@@ -78,10 +78,6 @@ def _transforms(device: torch.device, dtype: torch.dtype, block_size: int) -> bo
     return cayley.supports(dtype, block_size)
 
 
-def _require_grad(values: Iterable[Any]) -> bool:
-    return any(_require_grad(v) if isinstance(v, list) else getattr(v, "requires_grad", False) for v in values)
-
-
 def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Notes a function as the CUDA implementation of an operator, for the arguments that it takes."""
 
@@ -90,7 +86,7 @@ def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any
         def implementation(*args: Any) -> Any:
             if not when(*args):
                 return getattr(ops, name).plain(*args)
-            if torch.is_grad_enabled() and _require_grad(args):  # autograd's own calls are without: create_graph=True
+            if torch.is_grad_enabled() and require_grad(args):  # autograd's own calls are without: create_graph=True
                 raise RuntimeError(
                     f"oftv2: the kernel for {name} has no derivative of its own, so there are no second derivatives on "
                     "this device: leave out create_graph=True, or compute them on a CPU"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._operator import ops
+from ._operator import constant, ops
 from ._ops import add_identity
 
 ops.define("cayley_neumann", "(Tensor generators, int block_size, int terms) -> Tensor")
@@ -17,14 +16,14 @@ ops.define("cayley", "(Tensor generators, int block_size) -> Tensor")
 ops.define("cayley_backward", "(Tensor grad, Tensor delta) -> Tensor")
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def _triangles(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions in a flattened block of the strict upper triangle, row by row, and of their mirror images."""
     rows, columns = torch.triu_indices(block_size, block_size, 1, device=device)
     return rows * block_size + columns, columns * block_size + rows
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def _skew_entries(block_size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each entry of a flattened block, where its packed generator is, and its sign (0 on the diagonal)."""
     positions = torch.zeros(block_size**2, dtype=torch.long, device=device)
@@ -94,7 +93,7 @@ def _cayley_neumann_backward(grad: Tensor, generators: Tensor, block_size: int, 
         NZ = torch.baddbmm(H[j % 2], Q, Z, beta=2, alpha=-1)
         Z = NZ.baddbmm_(Z.mT, Q, alpha=(-1) ** j / j)
     upper, _ = _triangles(block_size, Z.device)
-    return _take(Z.flatten(1), upper).mul_(2)
+    return _take(Z.reshape(len(Z), -1), upper).mul_(2)
 
 
 @ops.cayley.default

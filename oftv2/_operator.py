@@ -9,7 +9,7 @@ of its own where there is something to differentiate. Both compute the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,41 @@ def in_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def require_grad(values: Iterable[Any]) -> bool:
+    """Whether one of these requires a gradient, or one in a list among them."""
+    return any(require_grad(v) if isinstance(v, list) else getattr(v, "requires_grad", False) for v in values)
+
+
+def _whole(output: Any) -> Any:
+    """Results that may be written to: autograd forbids it of views that were made where nothing is recorded."""
+    if isinstance(output, Tensor) and not torch.is_grad_enabled() and output._is_view():
+        return output.data
+    return output
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps what a function of hashable arguments makes of them, but for tensors that belong to a mode or transform."""
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(function)
+    def made(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return function(*args)
+        if (found := kept.get(args)) is None:
+            with torch.inference_mode(False):  # what is made within it cannot be differentiated with
+                found = function(*args)
+            if not (in_torch_func() or capturing()):
+                kept[args] = found
+        return found
+
+    return made
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is captured: what is computed now is there once the graph has run."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class Operator:
     """An operator ``oftv2::name``. Its first argument is a tensor or a list of them.
 
@@ -57,7 +92,7 @@ class Operator:
         torch.library.define(f"oftv2::{name}", schema)
         self._dispatched = getattr(torch.ops.oftv2, name).default
         self._defaults = tuple(argument.default_value for argument in self._dispatched._schema.arguments)
-        self._node: type[torch.autograd.Function] | None = None
+        self._recorded: Callable[..., Any] | None = None  # what autograd records; None: its steps
 
     def default(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Registers the implementation for every device, with autocast off: it would round the float32 blocks."""
@@ -65,10 +100,10 @@ class Operator:
         @functools.wraps(function)
         def implementation(first: Tensor | list[Tensor], *args: Any) -> Any:
             device_type = (first if isinstance(first, Tensor) else first[0]).device.type
-            if torch.is_autocast_enabled(device_type):
+            if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 with torch.autocast(device_type, enabled=False):
-                    return function(first, *args)
-            return function(first, *args)
+                    return _whole(function(first, *args))
+            return _whole(function(first, *args))
 
         torch.library.impl(f"oftv2::{self.name}", "CompositeExplicitAutograd")(implementation)
         self.plain = implementation
@@ -92,26 +127,34 @@ class Operator:
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
         camel_case = "".join(word.capitalize() for word in self.name.split("_"))
-        self._node = type(camel_case, (torch.autograd.Function,), methods)
+        node: Any = type(camel_case, (torch.autograd.Function,), methods)
+        returns_list = isinstance(self._dispatched._schema.returns[0].type, torch.ListType)
+        self._recorded = self._dispatched if returns_list else node.apply  # nor does a node look into lists of results
 
     def __call__(self, *args: Any) -> Any:
         args += self._defaults[len(args) :]
         if _observed():
             # torch.func goes through plain operations as they are; torch.library's operators it does not know.
-            return self.plain(*args) if in_torch_func() else self._dispatched(*args)
+            return self.plain(*args) if in_torch_func() else self._seen(args)
         needs_grad = False
         for arg in args:
             if type(arg) in _PLAIN:
                 needs_grad = needs_grad or arg.requires_grad
             elif isinstance(arg, Tensor) or (type(arg) is list and not self._takes(arg)):
-                return self._dispatched(*args)
-        if needs_grad and self._node is not None and torch.is_grad_enabled():
-            return self._node.apply(*args)
+                return self._seen(args)
+        if needs_grad and self._recorded is not None and torch.is_grad_enabled():
+            return self._recorded(*args)
         return self._implementation(args[0])(*args)
+
+    def _seen(self, args: tuple[Any, ...]) -> Any:
+        """A call through the dispatcher, which would cut gradients where none are registered: of second derivatives."""
+        if self._recorded is None and torch.is_grad_enabled() and require_grad(args):
+            return self._implementation(args[0])(*args)
+        return self._dispatched(*args)
 
     def _takes(self, values: list[Any]) -> bool:
         """Whether a call with these can be direct. A node of autograd in Python does not look into a list."""
-        differentiates = self._node is not None and torch.is_grad_enabled()
+        differentiates = self._recorded is not None and torch.is_grad_enabled()
         return not any(
             isinstance(value, Tensor) and (type(value) not in _PLAIN or (differentiates and value.requires_grad))
             for value in values

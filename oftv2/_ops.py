@@ -7,14 +7,13 @@ in 16 bit would lose the rotation, where ``Δ`` keeps it to relative precision.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._operator import in_torch_func, ops
+from ._operator import constant, in_torch_func, ops
 
 # Elements of x that a CPU takes at a time. It bounds what is converted to float32 where x is 16 bit; and a sum over all
 # tokens at once leaves the caches (2 threads, float32, b = 32, T = 2048: 2.8 ms at d = 1536, 2.4 in such parts).
@@ -29,7 +28,7 @@ ops.define("rotate_backward", "(Tensor grad, Tensor x, Tensor delta) -> (Tensor,
 ops.define("rotate_delta_grad", "(Tensor grad, Tensor x, Tensor delta) -> Tensor")
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def identity(block_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``I`` of ``(b, b)``, shared: never written to."""
     return torch.eye(block_size, dtype=dtype, device=device)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._operator import in_torch_func
+from ._operator import capturing, in_torch_func
 from .checkpointing import in_checkpoint
 from .config import OFTConfig
 from .errors import AdapterError
 from .merging import MergeableLayer, placement
-from .rotation import KeptRotation, Rotation
+from .rotation import KeptRotation, Rotation, settle
 from .stability import DivergenceCheck
 
 if TYPE_CHECKING:
@@ -226,7 +226,10 @@ class OFTLayer(MergeableLayer):
         kept = self._cache
         if kept is None or not kept.is_of(generators):
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = kept = KeptRotation(generators, build(dropout=False))
+                kept = KeptRotation(generators, build(dropout=False))
+            if not capturing():
+                settle(kept.delta)
+                self._cache = kept
         return kept.delta if dtype is None else kept.cast(dtype)
 
     def generators_of(self, adapter_names: Sequence[str]) -> list[Tensor]:

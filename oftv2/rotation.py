@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import functional as F
 from ._eager import version
+from ._operator import capturing
 from .config import OFTConfig
 from .errors import AdapterError
 
@@ -151,10 +152,20 @@ class KeptRotation:
 
     def cast(self, dtype: torch.dtype) -> Tensor:
         """Δ in another dtype, cast once."""
-        if dtype not in self._casts:
-            with torch.inference_mode(False), torch.no_grad():
-                self._casts[dtype] = self.delta.to(dtype)
-        return self._casts[dtype]
+        if dtype in self._casts:
+            return self._casts[dtype]
+        with torch.inference_mode(False), torch.no_grad():
+            cast = self.delta.to(dtype)
+        if not capturing():
+            settle(cast)
+            self._casts[dtype] = cast
+        return cast
+
+
+def settle(delta: Tensor) -> None:
+    """Waits until a Δ that is to be kept is made: other streams, which may use it next, would not."""
+    if delta.is_cuda:
+        torch.cuda.current_stream(delta.device).synchronize()
 
 
 def _nearest_divisors(number: int, size: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._operator import capturing, unobserved
 from .errors import StabilityWarning
 from .reference import skew
 
@@ -51,8 +52,8 @@ def _warn_of_divergence(rotation: Rotation, generators: Tensor, layer: str) -> b
     """
     if rotation.parametrization == "cayley" or generators.is_meta:
         return False
-    if generators.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # nothing can be read while a CUDA graph is captured
+    if not unobserved(generators) or capturing():
+        return False  # there may be no values to read
     packed = rotation.effective(generators)
     if torch.linalg.vector_norm(packed, dim=1).amax() <= _WARN_NORM:
         return False
