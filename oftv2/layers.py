@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional as F
 from ._ops import rotate_few
@@ -27,7 +28,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's forward alone."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    return not (any(hooks) or _has_any_global_hook() or "forward" in module.__dict__)
 
 
 class OFTLinear(OFTLayer):
@@ -121,11 +122,12 @@ class OFTLinear(OFTLayer):
     def choose_form(self, x: Tensor) -> str:
         """The form of this call: the forced one, or the cheapest."""
         gradient = torch.is_grad_enabled()
+        if self.form is None and torch.compiler.is_compiling():
+            return INPUT  # the graph is for any number of tokens
         # Up to n tokens this is it, and for few, asking costs as much as what is chosen; but kernels for no gradient,
-        # or for a weight that is dequantized in any case, may beat it. Compiled graphs are for any number of tokens.
+        # or for a weight that is dequantized in any case, may beat it.
         input_first = (gradient and not self.dequantizes) or not F.runs_kernels(x.device)
-        compiling = torch.compiler.is_compiling()
-        if self.form is None and input_first and (compiling or x.numel() <= x.shape[-1] * self.out_features):
+        if self.form is None and input_first and x.numel() <= x.shape[-1] * self.out_features:
             return INPUT
         possible = self.forms(x.dtype, gradient=gradient)
         if self.form is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import OperatorCounter, assert_close
 from oftv2 import OFTConfig, OFTEmbedding, OFTLinear
@@ -163,3 +164,12 @@ def test_an_exported_layer_takes_any_number_of_tokens(strict, training):
     for tokens in (2, 5, 40, 1100):  # fewer and more than outputs, and than are rotated as a few
         x = torch.randn(tokens, 24)
         assert_close("y", exported.module()(x), layer(x), 1e-5)
+
+
+def test_hooks_of_all_modules_see_the_base_layer():
+    """Such as those of torch's FLOP counter, which counts operators that it knows: products, and no rotations."""
+    layer, x = OFTLinear(nn.Linear(256, 8)), torch.randn(4000, 256)
+    assert layer.choose_form(x) == "weight"
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 4000 * 256 * 8

@@ -154,3 +154,12 @@ def test_opcheck(device):
     packed = layer.generators["default"].detach().requires_grad_()
     torch.library.opcheck(ops.neumann_weight_form_4bit.default, (args[0], packed, None, *weight, layer.block_size, 4))
     torch.library.opcheck(ops.rotate_matmul_4bit.default, (x, delta, None, *weight))
+
+
+def test_compiled_for_any_number_of_tokens(device):
+    torch._dynamo.reset()
+    layer = make("nf4", device).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for tokens in (3, 100):
+        x = torch.randn(tokens, 128, device=device)
+        torch.testing.assert_close(compiled(x), layer.base_layer(layer.rotate(x)))
