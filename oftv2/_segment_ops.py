@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._operator import ops
+from ._operator import in_torch_func, ops
 from ._ops import check_features, rotate, rotate_delta_grad
 
 ops.define("rotate_segments", "(Tensor x, Tensor deltas, Tensor ends, Tensor? order=None) -> Tensor")
@@ -101,7 +101,10 @@ def _segment_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return torch.nn.functional.grouped_mm(x, weight, offs=ends)
     out = torch.empty(x.shape[0], weight.shape[2], dtype=x.dtype, device=x.device)
     for segment, rows in _segments(len(x), ends):
-        torch.mm(x[rows], weight[segment], out=out[rows])
+        if in_torch_func():  # it differentiates nothing that is written by out=
+            out[rows] = x[rows] @ weight[segment]
+        else:
+            torch.mm(x[rows], weight[segment], out=out[rows])
     return out
 
 

@@ -78,7 +78,7 @@ class OFTLinear(OFTLayer):
         if torch.compiler.is_compiling():  # before anything that a compiled graph would watch
             return None
         kept, d = self._cache, x.shape[-1]
-        if kept is None or self.form is not None or not x.is_cpu or x.numel() > _GENERATED * d:
+        if kept is None or self.training or self.form is not None or not x.is_cpu or x.numel() > _GENERATED * d:
             return None
         delta = kept.delta
         if x.dtype != delta.dtype or d != delta.shape[0] * delta.shape[1] or F.runs_kernels(x.device):

@@ -167,6 +167,17 @@ class TestLayer:
         assert len(large) <= 5
         assert sum(large) <= hidden.nbytes + 5 * inner
 
+    def test_torch_func(self):
+        layer, inputs = OFTExperts(experts(), OFTConfig(block_size=16)), routed()
+        randomize(layer)
+        packed = layer.generators["default"]
+        (expected,) = torch.autograd.grad(layer(*inputs).square().sum(), packed)
+
+        def loss(packed):
+            return torch.func.functional_call(layer, {"generators.default": packed}, inputs).square().sum()
+
+        assert_close("∂generators", torch.func.grad(loss)(packed.detach()), expected, 1e-12)
+
     def test_compiles_in_one_graph(self):
         layer = OFTExperts(experts(dtype=torch.float32), OFTConfig(block_size=16))
         randomize(layer, 0.1)

@@ -85,6 +85,13 @@ def test_write_through_data_shows_in_the_next_training_forward(layer):
     check(layer)
 
 
+def test_training_by_the_attribute_is_training(layer):
+    check(layer)
+    layer.training = True
+    layer.generators["default"].data.fill_(0.03)
+    check(layer)
+
+
 def test_write_through_data_under_checkpointing_and_accumulation(layer):
     layer.train()
     for value in (0.01, 0.02, 0.03):
