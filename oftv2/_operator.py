@@ -42,7 +42,7 @@ def require_grad(values: Iterable[Any]) -> bool:
     return any(require_grad(v) if isinstance(v, list) else getattr(v, "requires_grad", False) for v in values)
 
 
-def _whole(output: Any) -> Any:
+def writable(output: Any) -> Any:
     """Results that may be written to: autograd forbids it of views that were made where nothing is recorded."""
     if isinstance(output, Tensor) and not torch.is_grad_enabled() and output._is_view():
         return output.data
@@ -102,8 +102,8 @@ class Operator:
             device_type = (first if isinstance(first, Tensor) else first[0]).device.type
             if device_type != "meta" and torch.is_autocast_enabled(device_type):
                 with torch.autocast(device_type, enabled=False):
-                    return _whole(function(first, *args))
-            return _whole(function(first, *args))
+                    return writable(function(first, *args))
+            return writable(function(first, *args))
 
         torch.library.impl(f"oftv2::{self.name}", "CompositeExplicitAutograd")(implementation)
         self.plain = implementation

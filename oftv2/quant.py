@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from ._bitsandbytes import weight_4bit
-from ._operator import ops
+from ._operator import ops, writable
 from .backends import BACKENDS, find_backend
 from .config import OFTConfig
 from .cost_model import FUSED, INPUT, WEIGHT
@@ -167,7 +167,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base_layer: nn.Module) -> Tensor:
         ctx.base_layer, ctx.dtype = base_layer, x.dtype
-        return base_layer(x)
+        return writable(base_layer(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
