@@ -46,23 +46,33 @@ class OFTConv2d(OFTLayer):
         base = self.base_layer
         if delta is None:
             return base(x)
-        computed = isinstance(vars(base).get("weight"), Tensor)
-        if computed:  # by hooks, before each pass: of weight_norm, spectral_norm and pruning
+        if _is_computed(base):
             for hook in base._forward_pre_hooks.values():
                 hook(base, (x,))
         weight, groups = base.weight, base.groups
         kernels = _as_kernels(F.rotate(_as_rows(weight, groups), delta.mT), groups, weight.shape)
-        if computed or is_parametrized(base) or (type(base) is nn.Conv2d and unhooked(base)):
-            return base._conv_forward(x, kernels, base.bias)
-        stand_in = cloned(base)  # with hooks or a forward of its own, as timm's convolutions have
-        stand_in._parameters.pop("weight")
-        vars(stand_in)["weight"] = kernels
-        return stand_in(x)
+        return convolved(base, x, kernels)
 
     @staticmethod
     def rotated_weight(base_layer: Any, weight: Tensor, delta: Tensor) -> Tensor:
         groups = base_layer.groups
         return _as_kernels(rotated(_as_rows(weight, groups), delta.mT), groups, weight.shape)
+
+
+def convolved(base: Any, x: Tensor, kernels: Tensor) -> Tensor:
+    """What a convolution makes of ``x`` with other kernels, of ``(n, C/groups, kh, kw)``."""
+    if (type(base) is nn.Conv2d and unhooked(base)) or is_parametrized(base) or _is_computed(base):
+        convolution: Tensor = base._conv_forward(x, kernels, base.bias)
+        return convolution
+    stand_in = cloned(base)  # with hooks or a forward of its own, as timm's convolutions have
+    stand_in._parameters.pop("weight")
+    vars(stand_in)["weight"] = kernels
+    return stand_in(x)
+
+
+def _is_computed(base: nn.Module) -> bool:
+    """Whether hooks compute the weight before each pass: those of weight_norm, spectral_norm and pruning."""
+    return isinstance(vars(base).get("weight"), Tensor)
 
 
 def _as_rows(weight: Tensor, groups: int) -> Tensor:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import functional as F
+from .conv import convolved
 from .cost_model import INPUT
 from .layers import OFTLinear, unhooked
 from .peft_acceleration import accelerating
@@ -128,7 +129,7 @@ class AcceleratedConv2d(_Accelerated, Conv2d):
             if name in self.oft_R:
                 rotation: Any = self.oft_R[name]
                 rows = F.rotate(rows, rotation.delta().mT)
-        return base._conv_forward(x, rows.view(base.weight.shape), base.bias).to(x.dtype)
+        return convolved(base, x, rows.view(base.weight.shape)).to(x.dtype)
 
 
 class _View:
