@@ -11,6 +11,7 @@ from torch import nn
 from conftest import assert_close, randomize
 from oftv2 import OFTConfig, OFTLinear, reference
 from oftv2 import functional as F
+from oftv2._weight_form import _inverse
 
 
 def problem(tokens, d, n, b, *, std=0.1, bias=True):
@@ -184,3 +185,17 @@ class TestLayer:
             layer(x).square().sum().backward()
             gradients.append(layer.generators["default"].grad.clone())
         assert torch.equal(*gradients)
+
+
+def test_the_inverse_ends_where_products_are_coarse(monkeypatch):
+    """As after ``torch.set_float32_matmul_precision("medium")``, on CPUs that multiply in bfloat16."""
+    R = torch.eye(8) + F.cayley(0.002 * torch.randn(4, 28), 8)
+    exact, calls = torch.baddbmm, []
+
+    def coarse(total, a, b, **factors):
+        calls.append(1)
+        assert len(calls) < 50
+        return exact(total, a.bfloat16().float(), b.bfloat16().float(), **factors)
+
+    monkeypatch.setattr(torch, "baddbmm", coarse)
+    assert_close("R⁻¹", _inverse(R), R.double().inverse(), 1e-5)
