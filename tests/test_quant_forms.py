@@ -154,3 +154,19 @@ def test_opcheck(device):
     packed = layer.generators["default"].detach().requires_grad_()
     torch.library.opcheck(ops.neumann_weight_form_4bit.default, (args[0], packed, None, *weight, layer.block_size, 4))
     torch.library.opcheck(ops.rotate_matmul_4bit.default, (x, delta, None, *weight))
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_compiled_for_any_number_of_tokens(device, gradient):
+    """No graph breaks, and none is made anew for other lengths: the first call fixes no form."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = make("nf4", device)
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs, dynamic=True)
+    counts = []
+    with torch.set_grad_enabled(gradient):
+        for tokens in (8, 300):
+            x = torch.randn(tokens, 128, device=device)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=2e-5, atol=2e-5)
+            counts.append(graphs.frame_count)
+    assert counts[0] == counts[1] > 0
