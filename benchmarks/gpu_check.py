@@ -159,6 +159,11 @@ def main() -> None:
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = folder  # for the suites' own processes
     on_gpu = args.device == "cuda"
+    if on_gpu:
+        from oftv2.functional import runs_kernels
+
+        if not runs_kernels(torch.device(args.device)):
+            raise SystemExit("Triton's kernels do not run on this device: there is nothing to check")
     about = gpu_measure.about(gpu_measure.Settings(torch.device(args.device), quick=args.quick))
     out = args.out or RESULTS / f"gpu-{str(about['device']).replace(' ', '-').lower()}"
     rows: list[dict[str, object]] = []

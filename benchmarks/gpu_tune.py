@@ -43,7 +43,7 @@ _TRIED_ON_CPU = 3  # candidates of each launch, where only the script is checked
 
 def compiled(name: str, index: int, capability: int) -> str:
     """Compiles a candidate of a launch into Triton's cache; what is wrong with it, or nothing."""
-    from kernel_resources import compile_launches
+    from kernel_launches import compile_launches
 
     launch = next(launch for launch in launches(REAL) if launch.name == name)
     try:

@@ -26,7 +26,7 @@ checkout.make_importable()
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from kernel_resources import CompileOnlyDriver  # noqa: E402
+from kernel_launches import CompileOnlyDriver  # noqa: E402
 from measure import Row, environment, interleave, spread  # noqa: E402
 from methods import Sizes, available, linear, on_layer  # noqa: E402
 

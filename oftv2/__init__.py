@@ -11,6 +11,7 @@ from .conv import OFTConv2d
 from .diagnostics import LayerDiagnostics, diagnostics
 from .errors import (
     AdapterError,
+    KernelWarning,
     OptimizerWarning,
     PeftFormatWarning,
     PeftRepairWarning,
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterError",
     "ConfigError",
     "Explanation",
+    "KernelWarning",
     "LayerDiagnostics",
     "OFTConfig",
     "OFTConv2d",

@@ -13,6 +13,10 @@ class StabilityWarning(UserWarning):
     """Generators so large that the Cayley–Neumann series is about to diverge."""
 
 
+class KernelWarning(UserWarning):
+    """A GPU on which Triton's kernels do not start, so that plain torch is used."""
+
+
 class OptimizerWarning(UserWarning):
     """An optimizer that trains nothing of the adapter, because it was made before the adapter was there."""
 

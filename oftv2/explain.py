@@ -8,6 +8,7 @@ import torch
 
 from .cost_model import Machine, Problem, cheapest, costs, machine
 from .errors import AdapterError
+from .functional import runs_kernels
 from .layers import OFTLinear
 
 DESCRIPTIONS = {
@@ -102,8 +103,8 @@ def _reason(layer: OFTLinear, form: str, gradient: bool) -> str:
     """Why a form is not possible, in the order in which it is found out."""
     if form == "fused" and gradient:
         return "it has no backward pass"
-    if _device(layer).type != "cuda" and form == "fused":
-        return "it is a kernel for CUDA devices"
+    if form == "fused" and not runs_kernels(_device(layer)):
+        return f"it is a kernel for CUDA devices, and none runs on {_device(layer)}"
     weight = _weight(layer)
     return (
         "it wants a frozen, ordinary weight in the activations' dtype, without hooks or autocast (on a CPU, not in 16 "

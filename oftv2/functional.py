@@ -204,8 +204,8 @@ def can_be_direct(*tensors: Tensor) -> bool:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether a device runs the Triton kernels."""
-    return device.type in ops.rotate.kernels and usable(device)
+    """Whether a device runs the Triton kernels; not while a graph is compiled: operators ask for themselves in it."""
+    return device.type in ops.rotate.kernels and not torch.compiler.is_compiling() and usable(device)
 
 
 def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:

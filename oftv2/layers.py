@@ -121,9 +121,9 @@ class OFTLinear(OFTLayer):
 
     def choose_form(self, x: Tensor) -> str:
         """The form of this call: the forced one, or the cheapest."""
-        gradient = torch.is_grad_enabled()
         if self.form is None and torch.compiler.is_compiling():
-            return INPUT  # the graph is for any number of tokens
+            return INPUT  # another would be frozen into the graph, whatever the tokens of later calls
+        gradient = torch.is_grad_enabled()
         # Up to n tokens this is it, and for few, asking costs as much as what is chosen; but kernels for no gradient,
         # or for a weight that is dequantized in any case, may beat it.
         input_first = (gradient and not self.dequantizes) or not F.runs_kernels(x.device)
