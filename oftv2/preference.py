@@ -20,7 +20,7 @@ from torch import nn
 from .errors import AdapterError
 from .patching import replace_once
 from .sharding import check_unsharded
-from .state import find_state, get_state, oft_layers, plain_parameter, trained_parameters
+from .state import active_parameters, find_state, get_state, oft_layers
 from .trained import base_values
 
 
@@ -43,18 +43,13 @@ class ReferenceModel(nn.Module):
         self.__dict__["policy"] = policy  # no submodule: its parameters are the policy's, its mode too
         check_unsharded(policy, "make its reference_model before")
         state = get_state(policy)
-        originals = {
-            parameter: state.originals[name]
-            for adapter in state.sequence
-            for name, parameter in trained_parameters(policy, adapter).items()
-        }
+        in_full = active_parameters(policy)
         layers = [layer for _, layer in oft_layers(policy)]
         fresh = not any(packed.any() for layer in layers for packed in layer.generators_of(layer.sequence))
-        fresh = fresh and all(value.equal(parameter.to(value)) for parameter, value in originals.items())
+        fresh = fresh and all(state.originals[name].equal(p.to(state.originals[name])) for name, p in in_full.items())
         rotations = [(layer, layer.sequence, _frozen_copy(layer.generators)) for layer in layers]
         self.__dict__["rotations"] = [] if fresh else rotations
-        names = [] if fresh else [name for adapter in state.sequence for name in state.trained[adapter]]
-        self.__dict__["in_full"] = {name: plain_parameter(policy, name).detach().clone() for name in names}
+        self.__dict__["in_full"] = {} if fresh else {name: p.detach().clone() for name, p in in_full.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's own call, whatever ``forward`` a trainer puts on the view: it puts the same on the policy."""
