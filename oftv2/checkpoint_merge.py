@@ -27,7 +27,6 @@ from .layers import is_conv1d
 from .merging import row_slices, scaled_rows
 from .model_card import write_merged_card
 from .reading import read_adapter, tensors_file
-from .rotation import Rotation
 from .safetensors_stream import DTYPES, tensor_pieces, write_tensors
 from .work_folder import WorkFolder
 
@@ -147,12 +146,10 @@ def merged_rows(base: Checkpoint, adapter: AdapterFile, piece: Piece) -> Iterato
     trained = torch.atleast_1d(adapter.parameter(piece.trained)) if piece.trained else None
     slices: Iterable[slice] = row_slices(piece.entry.shape)
     if target is not None:
-        features, groups = target.layer_class.rotated_features(target.module)
+        _, groups = target.layer_class.rotated_features(target.module)
         if groups > 1 or is_conv1d(target.module):
             slices = [slice(0, piece.entry.shape[0])]
-        size = target.block_size
-        rotation = Rotation.resolve(adapter.config, features, target.name, groups=groups, block_size=size)
-        delta = rotation.delta(adapter.generators(target.name).to(wide))
+        delta = target.rotation(adapter.config).delta(adapter.generators(target.name).to(wide))
     scale = adapter.output_scales.get(target.name) if target is not None else None
     for part in slices:
         rows = base.where[key].read(key, part) if trained is None else trained[part]
