@@ -7,7 +7,6 @@ last complete file.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .adapter_file import CONFIG_FILE, AdapterFile, write_atomically
+from .adapter_file import CONFIG_FILE, AdapterFile, write_json
 from .checkpoint import INDEX_FILE, MODEL_CONFIG, Checkpoint, open_checkpoint
 from .checkpoint_plan import Piece, Plan, make_plan
 from .errors import AdapterError
@@ -173,11 +172,7 @@ def _write_rest(folder: Path, base: Checkpoint, plan: Plan, base_name: str) -> l
         if "total_parameters" in metadata:
             shapes = [piece.entry.shape for pieces in plan.files.values() for piece in pieces.values()]
             metadata["total_parameters"] = sum(math.prod(shape) for shape in shapes)
-        _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    _write_json(folder / MODEL_CONFIG, plan.config)
+        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(folder / MODEL_CONFIG, plan.config)
     write_merged_card(folder, base.folder, base_name, plan.adapter)
     return [f"not copied from {base.folder}: {', '.join(left)}"] if left else []
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
