@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import checkout
 checkout.make_importable()
 
 import torch  # noqa: E402
+from tables import write_csv  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from kernel_resources import CompileOnlyDriver  # noqa: E402
@@ -138,10 +138,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out.with_suffix(".csv"), rows)
 
 
 if __name__ == "__main__":

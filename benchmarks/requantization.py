@@ -21,7 +21,6 @@ groups of 32), so its "16-bit" weights are on a grid of their own.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import write_csv
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -236,10 +236,7 @@ def main() -> None:
         arguments = {key: value for key, value in vars(args).items() if key != "out"}
         text = json.dumps({"machine": about, "arguments": arguments, "rows": table}, indent=2)
         args.out.with_suffix(".json").write_text(text + "\n")
-        with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(args.out.with_suffix(".csv"), table)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ that design can cost. The formulas and what the bound leaves out are in ``kernel
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tables import markdown, write_csv
 
 from kernel_costs import (
     MACHINES,
@@ -131,15 +132,10 @@ def table() -> Iterator[Row]:
             yield row
 
 
-def markdown(rows: list[Row]) -> str:
-    """The rows as a Markdown table, in MB and GFLOP."""
-    lines = []
-    for row in rows:
-        cells = {**row, "bytes": f"{row['bytes'] / 1e6:.4g} MB", "flops": f"{row['flops'] / 1e9:.4g} G"}
-        if not lines:
-            lines += ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
-        lines.append("| " + " | ".join(map(str, cells.values())) + " |")
-    return "\n".join(lines)
+def cells(row: Row) -> list[str]:
+    """Of a Markdown table, in MB and GFLOP."""
+    shown = {**row, "bytes": f"{row['bytes'] / 1e6:.4g} MB", "flops": f"{row['flops'] / 1e9:.4g} G"}
+    return [str(value) for value in shown.values()]
 
 
 def main() -> None:
@@ -153,13 +149,10 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"--only {args.only!r} matches no row")
     if args.markdown or not args.out:
-        print(markdown(rows))
+        print(markdown([list(rows[0]), *map(cells, rows)]))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out, rows)
 
 
 if __name__ == "__main__":
