@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from measure import Run, environment, interleave
-from model_sizes import SIZES
-
-# hidden size, size of k and v, size of the feed-forward layer
-MODELS = {name: (SIZES[name].hidden, SIZES[name].kv, SIZES[name].ffn) for name in ("Llama-3-8B", "Qwen2.5-7B")}
-TINY = {"tiny": (64, 32, 128)}
+from model_sizes import SIZES, TINY, USUAL, Size
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,8 @@ class Settings:
         return self.device.type == "cuda"
 
     @property
-    def models(self) -> dict[str, tuple[int, int, int]]:
-        return dict(list(MODELS.items())[: 1 if self.quick else 2]) if self.real else TINY
+    def models(self) -> dict[str, Size]:
+        return {name: SIZES[name] for name in USUAL[: 1 if self.quick else 2]} if self.real else {"tiny": TINY}
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -34,6 +35,16 @@ class Options:
     seed: int = 0
     only: str = ""
     done: Collection[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a process of its own is told of them: :meth:`of` takes it."""
+        told = {name: getattr(self, name) for name in ("quick", "model", "seed")}
+        return {**told, "device": str(self.device), "dtype": self.dtype_name, "sizes": asdict(self.sizes)}
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Options:
+        device, dtype, sizes = torch.device(told["device"]), getattr(torch, told["dtype"]), Sizes(**told["sizes"])
+        return cls(**{**told, "device": device, "dtype": dtype, "sizes": sizes})
 
     def wanted(self, group: str) -> bool:
         """Whether a group is to be measured now."""

@@ -46,8 +46,7 @@ def measure(options: Options) -> Iterator[Row]:
                 shared = {"group": group, "rows": BATCH, "tokens": made.tokens, "adapters": count}
                 yield from _measure(shared, made, options)
                 if kind == "model":
-                    how = {"device": options.device.type, "dtype": options.dtype_name, "quick": options.quick}
-                    grew = in_fresh_process("suite_rows:memory_growth", count=count, **how)
+                    grew = in_fresh_process("suite_rows:memory_growth", count=count, told=options.to_json())
                     yield {**shared, "method": "memory", "grew_bytes": grew}
 
 
@@ -125,9 +124,9 @@ def _measure(shared: Row, made: Case, options: Options) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def memory_growth(count: int, device: str, dtype: str, quick: bool) -> int:
+def memory_growth(count: int, told: dict[str, Any]) -> int:
     """Bytes by which the model grows with its adapters and the Δ that are kept in the context."""
-    options = Options(torch.device(device), getattr(torch, dtype), quick)
+    options = Options.of(told)
     _, _, model, batch, call = case("model", options)
     call(model, batch)
     before = memory(options.device, peak=False)
