@@ -7,9 +7,10 @@ import statistics
 from dataclasses import dataclass
 
 import torch
+from provenance import environment
 from torch import Tensor
 
-from measure import Run, environment, interleave
+from measure import Run, interleave, relative_error
 from model_sizes import SIZES, TINY, USUAL, Size
 
 
@@ -74,10 +75,10 @@ def random(settings: Settings, *shape: int) -> Tensor:
     return torch.randn(*shape, device=settings.device, dtype=settings.dtype)
 
 
-def close(name: str, actual: Tensor, expected: Tensor, relative: float = 1e-2) -> None:
+def close(name: str, actual: Tensor, expected: Tensor) -> None:
     """Ends the suite where a result is wrong: nothing wrong is timed."""
-    error = torch.linalg.norm(actual.double() - expected) / torch.linalg.norm(expected)
-    if not error < relative:
+    error = relative_error(actual, expected)
+    if not error < 1e-2:
         raise SystemExit(f"{name}: wrong result, relative error {error:.1e}; nothing was timed")
 
 

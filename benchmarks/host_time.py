@@ -23,11 +23,12 @@ import checkout
 checkout.make_importable()
 
 import torch  # noqa: E402
+from provenance import environment  # noqa: E402
 from tables import write_csv  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from kernel_resources import CompileOnlyDriver  # noqa: E402
-from measure import Row, environment, interleave, spread  # noqa: E402
+from measure import Row, interleave, spread  # noqa: E402
 from methods import Sizes, available, linear, on_layer  # noqa: E402
 
 OVER_LORA = "beyond_frozen_over_lora"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import models
 import oftv2
-from measure import Row, in_fresh_process, interleave, memory, timings
+from measure import Row, in_fresh_process, interleave, memory, relative_error, timings
 from model_sizes import Size
 from options import Options
 
@@ -104,8 +104,7 @@ def _measure(shared: Row, made: Case, options: Options) -> Iterator[Row]:
         with oftv2.disable_adapter(model):
             return call(model, batch)
 
-    expected = one_by_one()
-    error = (torch.linalg.norm((anew() - expected).float()) / torch.linalg.norm(expected.float())).item()
+    error = relative_error(anew(), one_by_one())
     if not error < (1e-5 if options.dtype == torch.float32 else 3e-2):
         raise SystemExit(f"{shared['group']}: in one pass the rows are {error:.1e} from their own; nothing was timed")
     with oftv2.adapters_per_row(kept, rows):
