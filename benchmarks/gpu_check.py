@@ -31,7 +31,7 @@ from typing import Any
 import gpu_measure
 import torch
 from checkout import ROOT, package_folder
-from tables import aligned, write_csv
+from tabular import aligned, write_csv
 
 import measure
 

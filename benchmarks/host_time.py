@@ -24,7 +24,7 @@ checkout.make_importable()
 
 import torch  # noqa: E402
 from provenance import environment  # noqa: E402
-from tables import write_csv  # noqa: E402
+from tabular import write_csv  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from kernel_resources import CompileOnlyDriver  # noqa: E402

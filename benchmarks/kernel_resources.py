@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tables import aligned, write_csv
+from tabular import aligned, write_csv
 
 from kernel_binaries import Instructions, Usage, disassemble, find_disassemblers, read_usage
 

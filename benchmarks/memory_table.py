@@ -14,7 +14,7 @@ import itertools
 from pathlib import Path
 
 import checkout
-from tables import write_csv
+from tabular import write_csv
 
 from memory_model import GIB, ITEMSIZE, METHODS, Step, kept, peak, trainable, weights
 from model_sizes import SIZES

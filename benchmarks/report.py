@@ -33,7 +33,7 @@ from study_plan import Method
 from study_report import PAIRS, Results, differences, loss, prose
 from study_results import RESULTS as STUDY
 from study_results import read
-from tables import markdown
+from tabular import markdown
 
 import plots
 from plots import Row, load

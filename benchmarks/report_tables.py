@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables import markdown
+from tabular import markdown
 
 from plots import Row, load
 

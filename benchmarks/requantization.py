@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from provenance import commit, cpu_name
-from tables import write_csv
+from tabular import write_csv
 from torch import Tensor, nn
 from tqdm import tqdm
 

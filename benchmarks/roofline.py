@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tables import markdown, write_csv
+from tabular import markdown, write_csv
 
 from kernel_costs import (
     MACHINES,

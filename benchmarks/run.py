@@ -33,7 +33,7 @@ checkout.make_importable()
 
 import torch  # noqa: E402
 from provenance import Neighbours, environment  # noqa: E402
-from tables import aligned, write_csv  # noqa: E402
+from tabular import aligned, write_csv  # noqa: E402
 
 from measure import MissingError, Row, keep_freed_memory  # noqa: E402
 from methods import METHODS, Sizes  # noqa: E402

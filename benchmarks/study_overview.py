@@ -9,7 +9,7 @@ from study_plan import METHODS, TASKS, Row, plan
 from study_report import BASES, Results, grid_table, label, neumann_table, prose, quality, show, verdicts
 from study_results import read
 from study_stats import interval
-from tables import markdown
+from tabular import markdown
 
 
 def task_columns(results: Results, figure_of: Callable[[str], tuple[str, Callable[[Row], float], str, float]]) -> str:

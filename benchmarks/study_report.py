@@ -13,7 +13,7 @@ from pathlib import Path
 from study_plan import HEAD_TO_HEAD, LORA, METHODS, OFT, SEEDS, TASKS, Method, Row, Run, best_lr, plan
 from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
-from tables import markdown
+from tabular import markdown
 
 CORPUS = "shakespeare"
 NAMES = {"oft": "OFT b = ", "lora": "LoRA r = ", "dora": "DoRA r = ", "full": "all weights", "base": "base"}
