@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import models
-from measure import Row
+from measure import Row, relative_error
 from methods import METHODS, attach, available
 from options import Options
 
@@ -41,7 +41,7 @@ def together(options: Options, names: list[str]) -> tuple[dict[str, Any], dict[s
 @torch.no_grad()
 def _check_fresh(name: str, model: Any, ids: Tensor, expected: Tensor) -> None:
     logits = model(ids).logits
-    error = (torch.linalg.norm((logits - expected).float()) / torch.linalg.norm(expected.float())).item()
+    error = relative_error(logits, expected)
     limit = 1e-4 if logits.dtype == torch.float32 else 5e-2
     if not error < limit:
         raise SystemExit(f"{name}: a fresh adapter changes the logits by {error:.1e} of them; nothing was timed")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import oftv1
 import oftv2
+from measure import relative_error
 from methods import Sizes, linear, on_layer
 from oftv2 import reference
 
@@ -71,10 +72,7 @@ def check(
         y = module(own)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         results.append([y.detach(), *torch.autograd.grad(y, [own, *trained], upstream.to(dtype))])
-    error = max(
-        (torch.linalg.norm(a.double() - e.double()) / torch.linalg.norm(e.double())).item()
-        for a, e in zip(*results, strict=True)
-    )
+    error = max(relative_error(a, e) for a, e in zip(*results, strict=True))
     limit = 1e-4 if x.dtype == torch.float32 else 5e-2
     if not error < limit:
         raise SystemExit(

@@ -16,7 +16,6 @@ printed and written as they come, and what `--minutes` leave no time for is list
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -32,6 +31,7 @@ from typing import Any
 import gpu_measure
 import torch
 from checkout import ROOT, package_folder
+from tabular import aligned, write_csv
 
 import measure
 
@@ -128,19 +128,15 @@ def table(rows: list[dict[str, object]]) -> str:
     marks = {True: "met", False: "MISSED", None: ""}
     cells = [[str(r["what"]), str(r["goal"]), str(r["figure"]), marks[r["met"]]] for r in rows]  # type: ignore[index]
     cells.insert(0, ["what", "goal", "figure", ""])
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * (sum(widths) + 6), *lines[1:]])
+    lines = aligned(cells)
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def write(out: Path, about: dict[str, object], rows: list[dict[str, object]]) -> None:
     """The table as far as it is there, as ``<out>.csv`` and ``<out>.json``."""
     out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
-    with open(f"{out}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(Path(f"{out}.csv"), rows)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ _SETS = 4
 def kernels(settings: Settings) -> list[dict[str, object]]:
     """``rotate`` forward and backward against a copy of the same bytes."""
     rows = []
-    for model, (d, _, ffn) in settings.models.items():
-        rows += _rotation(settings, model, d) + _rotation(settings, model, ffn)
+    for model, size in settings.models.items():
+        rows += _rotation(settings, model, size.hidden) + _rotation(settings, model, size.ffn)
     return rows
 
 
@@ -69,8 +69,8 @@ def nf4_kernels(settings: Settings) -> list[dict[str, object]]:
         raise MissingError("its kernels run on a CUDA device")
     return [
         found
-        for model, (d, _, ffn) in settings.models.items()
-        for n, k in ((d, d), (ffn, d), (d, ffn))
+        for model, size in settings.models.items()
+        for n, k in ((size.hidden, size.hidden), (size.ffn, size.hidden), (size.hidden, size.ffn))
         for found in _dequantization(settings, model, n, k)
     ]
 

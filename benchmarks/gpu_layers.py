@@ -14,24 +14,18 @@ from host_time import beyond_frozen
 from host_time import samples as host_samples
 from measure import MissingError, require, saved_bytes
 from methods import Sizes, available, linear, linear_nf4, on_layer
-
-
-def projections(size: tuple[int, int, int]) -> dict[str, tuple[int, int]]:
-    """The seven linear layers of a decoder layer: inputs and outputs."""
-    d, kv, ffn = size
-    return {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "gate": (d, ffn), "up": (d, ffn), "down": (ffn, d)}
-
+from model_sizes import Size
 
 # Which input each projection reads.
-_READS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
+_READS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 
 
-def decoder_step(settings: Settings, layers: dict[str, nn.Module], size: tuple[int, int, int]) -> Callable[[int], None]:
+def decoder_step(settings: Settings, layers: dict[str, nn.Module], size: Size) -> Callable[[int], None]:
     """Forward and backward of all seven projections, including the gradients of their inputs."""
     T = settings.tokens
-    widths = (size[0], size[0], size[0], size[2])
+    widths = (size.hidden, size.hidden, size.hidden, size.ffn)
     inputs = [[random(settings, T, width).requires_grad_() for width in widths] for _ in range(2)]
-    grads = [random(settings, T, out) for _, out in projections(size).values()]
+    grads = [random(settings, T, out) for _, out in size.projections.values()]
     parameters = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
 
     def run(round_: int) -> None:
@@ -61,7 +55,7 @@ def _decoder(
     settings: Settings, model: str, make: Callable[[Tensor], nn.Module], own: str, goals: dict[str, float]
 ) -> list[dict[str, object]]:
     size = settings.models[model]
-    weights = {name: random(settings, n, d) * d**-0.5 for name, (d, n) in projections(size).items()}
+    weights = {name: random(settings, n, d) * d**-0.5 for name, (d, n) in size.projections.items()}
     runs = {}
     for method in available([own, *goals])[0]:
         layers = {name: on_layer(method, make(weight), Sizes()).train() for name, weight in weights.items()}
@@ -95,9 +89,8 @@ def _decoding(
     settings: Settings, model: str, make: Callable[[Tensor], nn.Module], methods: list[str]
 ) -> list[dict[str, object]]:
     rows = []
-    shapes = projections(settings.models[model])
     for name in ("q", "k", "gate", "down"):
-        d, n = shapes[name]
+        d, n = settings.models[model].projections[f"{name}_proj"]
         weight = random(settings, n, d) * d**-0.5
         layers = {m: on_layer(m, make(weight), Sizes()).eval() for m in available(methods)[0]}
         frozen, own = methods[:2]
@@ -142,8 +135,9 @@ def host(settings: Settings) -> list[dict[str, object]]:
 
 def saved(settings: Settings) -> list[dict[str, object]]:
     """Bytes kept for the backward pass by q, k and v on one input, beyond the weights, over one copy of it."""
-    d, kv, _ = next(iter(settings.models.values()))
-    layers = [on_layer("oft", linear(random(settings, n, d)), Sizes()).train() for n in (d, kv, kv)]
+    size = next(iter(settings.models.values()))
+    d = size.hidden
+    layers = [on_layer("oft", linear(random(settings, n, d)), Sizes()).train() for n in (d, size.kv, size.kv)]
     x = random(settings, settings.tokens, d).requires_grad_()
     with saved_bytes(*layers) as kept:
         outputs = [layer(x) for layer in layers]
@@ -156,7 +150,7 @@ def launches(settings: Settings) -> list[dict[str, object]]:
     """Kernels that a layer launches beside the frozen layer's own, forward and backward."""
     if not settings.real:
         raise MissingError("counts kernels of a CUDA device")
-    d = next(iter(settings.models.values()))[0]
+    d = next(iter(settings.models.values())).hidden
     weight = random(settings, 4 * d, d)
     _kernels(lambda: weight + 1)  # the first profile of a process may miss what runs while it sets itself up
     frozen, oft = (_launches(settings, on_layer(method, linear(weight), Sizes())) for method in ("frozen", "oft"))

@@ -7,14 +7,11 @@ import statistics
 from dataclasses import dataclass
 
 import torch
+from provenance import environment
 from torch import Tensor
 
-from measure import Run, environment, interleave
-from model_sizes import SIZES
-
-# hidden size, size of k and v, size of the feed-forward layer
-MODELS = {name: (SIZES[name].hidden, SIZES[name].kv, SIZES[name].ffn) for name in ("Llama-3-8B", "Qwen2.5-7B")}
-TINY = {"tiny": (64, 32, 128)}
+from measure import Run, interleave, relative_error
+from model_sizes import SIZES, TINY, USUAL, Size
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Settings:
         return self.device.type == "cuda"
 
     @property
-    def models(self) -> dict[str, tuple[int, int, int]]:
-        return dict(list(MODELS.items())[: 1 if self.quick else 2]) if self.real else TINY
+    def models(self) -> dict[str, Size]:
+        return {name: SIZES[name] for name in USUAL[: 1 if self.quick else 2]} if self.real else {"tiny": TINY}
 
     @property
     def tokens(self) -> int:
@@ -78,10 +75,10 @@ def random(settings: Settings, *shape: int) -> Tensor:
     return torch.randn(*shape, device=settings.device, dtype=settings.dtype)
 
 
-def close(name: str, actual: Tensor, expected: Tensor, relative: float = 1e-2) -> None:
+def close(name: str, actual: Tensor, expected: Tensor) -> None:
     """Ends the suite where a result is wrong: nothing wrong is timed."""
-    error = torch.linalg.norm(actual.double() - expected) / torch.linalg.norm(expected)
-    if not error < relative:
+    error = relative_error(actual, expected)
+    if not error < 1e-2:
         raise SystemExit(f"{name}: wrong result, relative error {error:.1e}; nothing was timed")
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from gpu_measure import MODELS, Settings, at_most, medians, row
+from gpu_measure import Settings, at_most, medians, row
 from torch import Tensor, nn
 
 import models
@@ -19,19 +19,14 @@ SEQUENCES = (4, 2048)
 def steps(settings: Settings) -> list[dict[str, object]]:
     """A training step in 16 bit over the frozen model's, LoRA's and PEFT's OFT, and peak memory."""
     goals = {"frozen": 1.05, "lora": 0.95, "peft-oft": 0.6}
-    return [found for name in _names(settings) for found in _steps(settings, name, "oft", goals)]
+    return [found for name in settings.models for found in _steps(settings, name, "oft", goals)]
 
 
 def steps_nf4(settings: Settings) -> list[dict[str, object]]:
     """The same on an NF4 base."""
     require("bitsandbytes")
     goals = {"frozen-nf4": None, "qlora": 0.9}
-    return [found for name in _names(settings) for found in _steps(settings, name, "qoft", goals)]
-
-
-def _names(settings: Settings) -> list[str]:
-    # All sizes: `python benchmarks/run.py sizes`.
-    return list(MODELS)[: 1 if settings.quick else 2] if settings.real else [models.TINY_NAME]
+    return [found for name in settings.models for found in _steps(settings, name, "qoft", goals)]
 
 
 def _steps(settings: Settings, name: str, own: str, goals: dict[str, float | None]) -> list[dict[str, object]]:

@@ -30,10 +30,11 @@ from checkout import ROOT, make_importable
 make_importable()
 
 import torch  # noqa: E402  (after the package can be found)
+from provenance import environment  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tuning import Candidate, Launch, Sizes, launches  # noqa: E402
 
-from measure import environment, interleave  # noqa: E402
+from measure import interleave, relative_error  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 REAL, TINY = Sizes(8192, 4096, 4096), Sizes(32, 256, 128)
@@ -83,7 +84,7 @@ def wrong(candidate: Candidate, run: Any, expected: Tensor) -> str:
     """Why a candidate cannot be used, or nothing."""
     try:
         with candidate.applied():
-            error = (flat(run(0)) - expected).norm() / expected.norm()
+            error = relative_error(flat(run(0)), expected)
     except Exception as refusal:  # shared memory, registers, sizes that a launcher refuses
         return type(refusal).__name__
     return "" if error < 1e-2 else "another result"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -24,10 +23,12 @@ import checkout
 checkout.make_importable()
 
 import torch  # noqa: E402
+from provenance import environment  # noqa: E402
+from tabular import write_csv  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from kernel_launches import CompileOnlyDriver  # noqa: E402
-from measure import Row, environment, interleave, spread  # noqa: E402
+from measure import Row, interleave, spread  # noqa: E402
 from methods import Sizes, available, linear, on_layer  # noqa: E402
 
 OVER_LORA = "beyond_frozen_over_lora"
@@ -138,10 +139,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out.with_suffix(".csv"), rows)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def quantized(d: int, double: bool, device: torch.device) -> tuple[Quantized, nf
     nested = None
     if double:
         level, offset = torch.empty(256, device=device), torch.empty((), device=device)
-        nested = nf4.Nested(level, torch.empty(scales // 256, device=device), offset, 256)
+        nested = level, torch.empty(scales // 256, device=device), offset, 256
     packed = torch.empty(FEATURES * d // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(scales, dtype=torch.uint8 if double else torch.float32, device=device)
     return Quantized(packed, absmax, torch.empty(16, device=device), (FEATURES, d), 64), nested

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
 import importlib
 import io
@@ -27,6 +26,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tabular import aligned, write_csv
 
 from kernel_binaries import Instructions, Usage, disassemble, find_disassemblers, read_usage
 from kernel_launches import GPUS, compile_launches, kernel_name, launch_sources
@@ -147,10 +148,7 @@ def write(rows: list[Row], out: Path) -> None:
     import triton
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out.with_suffix(".csv"), rows)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     out.with_suffix(".json").write_text(json.dumps({"versions": versions}, indent=2) + "\n")
 
@@ -169,9 +167,7 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # before anything imports triton: the interpreter compiles nothing
     rows, problems = examine_all(args.cases.resolve(), args.only, args.targets, args.jobs)
     if rows:
-        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
-        for row in [{key: key for key in widths}, *rows]:
-            print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()).rstrip())
+        print(*aligned([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]), sep="\n")
     if args.out and rows:
         write(rows, args.out)
     if problems:

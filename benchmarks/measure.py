@@ -1,5 +1,5 @@
 """Measuring, for every benchmark here: interleaved timings, bytes kept for the backward pass, peak memory of a fresh
-process, and where and with what figures were taken. Needs torch alone.
+process, errors. Needs torch alone.
 
     python benchmarks/measure.py MODULE:FUNCTION '{"argument": 1}'   # what `in_fresh_process` runs
 """
@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).resolve().parent
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 # glibc returns freed activations to the system at once, and page faults then drown what is measured.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_MMAP_THRESHOLD_": str(1 << 33)}
 Run = Callable[[int], object]
@@ -59,6 +56,13 @@ def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(items, desc=title, leave=False, disable=None)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``‖actual − expected‖ / ‖expected‖``, in float32 or the wider dtype of the two."""
+    wide = torch.promote_types(torch.promote_types(actual.dtype, expected.dtype), torch.float32)
+    exact = expected.to(wide)
+    return (torch.linalg.norm(actual.to(wide) - exact) / torch.linalg.norm(exact)).item()
 
 
 # ------------------------------------------------------------------------------------------------------------- time
@@ -155,13 +159,13 @@ def timings(samples: dict[str, list[float]], method: str, references: dict[str, 
 
 
 @contextmanager
-def saved_bytes(*modules: nn.Module, also: tuple[Tensor, ...] = ()) -> Iterator[dict[int, int]]:
+def saved_bytes(*modules: nn.Module) -> Iterator[dict[int, int]]:
     """Bytes that autograd keeps for the backward pass, by storage, exactly.
 
-    Parameters and buffers of ``modules`` and the tensors ``also`` are there anyway and not counted.
+    Parameters and buffers of ``modules`` are there anyway and not counted.
     """
     there = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*there, *also)}
+    known = {tensor.untyped_storage().data_ptr() for tensor in there}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -226,75 +230,6 @@ def in_fresh_process(function: str, *, seconds: float | None = None, **arguments
     if "missing" in answer:
         raise MissingError(answer["missing"])
     return answer["result"]
-
-
-# ------------------------------------------------------------------------------------------------------ environment
-
-
-def cpu_name() -> str:
-    """The processor's name and the number of cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()} ({len(os.sched_getaffinity(0))} cores)"
-
-
-def versions() -> Row:
-    """Of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            # The metadata of PyPI's wheels do not tell which CUDA torch was built for.
-            found[package] = torch.__version__ if package == "torch" else version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
-
-
-def _output(command: list[str]) -> str:
-    """What a program prints, in this folder; nothing where it fails, or is not there."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=FOLDER, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def commit() -> str:
-    """The checkout's commit, with ``-dirty`` after it where files other than results differ from it."""
-
-    def git(*arguments: str) -> str:
-        return _output(["git", *arguments])
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":(top,exclude)*README.md")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
-def environment(device: torch.device) -> Row:
-    """Where and with what figures are taken."""
-    on_gpu = device.type == "cuda"
-    found = {"device": torch.cuda.get_device_name(device) if on_gpu else cpu_name()}
-    if on_gpu:
-        found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return {**found, "threads": torch.get_num_threads(), **versions(), "commit": commit()}
-
-
-class Neighbours:
-    """How much of the processors others take meanwhile: what timings are disturbed by."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    def share(self) -> float:
-        """Since it was asked last, from 0 to 1; 0 where the system does not tell."""
-        before, self._before = self._before, self._now()
-        total, busy, own = (now - then for now, then in zip(self._before, before, strict=True))
-        return round(min(1.0, max(0.0, (busy - own) / total)), 3) if total else 0.0
-
-    def _now(self) -> tuple[float, float, float]:
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return (0.0,) * 3
-        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in stat.read_text().split("\n")[0].split()[1:9]]
-        return sum(ticks), sum(ticks) - sum(ticks[3:5]), sum(os.times()[:4])  # the fourth and fifth are idle
 
 
 def _serve(function: str, arguments: str) -> None:

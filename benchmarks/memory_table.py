@@ -14,6 +14,7 @@ import itertools
 from pathlib import Path
 
 import checkout
+from tabular import write_csv
 
 from memory_model import GIB, ITEMSIZE, METHODS, Step, kept, peak, trainable, weights
 from model_sizes import SIZES
@@ -100,10 +101,7 @@ def main() -> None:
     found = rows()
     print(table(found))
     if args.write:
-        with open(RESULTS / "memory-model.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, found[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write_csv(RESULTS / "memory-model.csv", found)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import oftv2
+from measure import relative_error
 
 
 def _peft(model: Any) -> Any:
@@ -30,7 +31,7 @@ def check_merged(name: str, model: Any, merged: Any, ids: Tensor, limit: float |
         SystemExit: it is above ``limit``, by default what rounding explains.
     """
     expected = model(ids).logits
-    error = (torch.linalg.norm((merged(ids).logits - expected).float()) / torch.linalg.norm(expected.float())).item()
+    error = relative_error(merged(ids).logits, expected)
     limit = limit or (1e-3 if expected.dtype == torch.float32 else 5e-2)
     if not error < limit:
         raise SystemExit(

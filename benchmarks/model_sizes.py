@@ -104,6 +104,7 @@ SIZES = {
     "Qwen2.5-32B": _qwen(5120, 27648, 64, 40, 8, 152064),
     "Qwen2.5-72B": _qwen(8192, 29568, 80, 64, 8, 152064),
 }
+USUAL = ("Llama-3-8B", "Qwen2.5-7B")  # where two have to do
 # For running the code, not for figures.
 TINY = Size(64, 128, 2, 4, 2, 128)
 TINY_QWEN = Size(96, 160, 2, 6, 2, 128, tied=True, qkv_bias=True)

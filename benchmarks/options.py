@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,19 +36,25 @@ class Options:
     only: str = ""
     done: Collection[str] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """What a process of its own is told of them: :meth:`of` takes it."""
+        told = {name: getattr(self, name) for name in ("quick", "model", "seed")}
+        return {**told, "device": str(self.device), "dtype": self.dtype_name, "sizes": asdict(self.sizes)}
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Options:
+        device, dtype, sizes = torch.device(told["device"]), getattr(torch, told["dtype"]), Sizes(**told["sizes"])
+        return cls(**{**told, "device": device, "dtype": dtype, "sizes": sizes})
+
     def wanted(self, group: str) -> bool:
         """Whether a group is to be measured now."""
         return group not in self.done and re.search(self.only, group) is not None
 
-    def choose(self, own: list[str], *, nf4: bool | None = None) -> list[str]:
-        """The methods asked for among a suite's own, in its order; with ``nf4`` those of one kind of base.
-
-        What the ratios divide by is measured in any case.
-        """
+    def choose(self, own: list[str]) -> list[str]:
+        """The methods asked for among a suite's own, in its order, and what the ratios divide by."""
         asked = own if self.methods is None else [name for name in own if name in self.methods]
-        fitting = [name for name in asked if nf4 is None or METHODS[name].nf4 == nf4]
-        references = {METHODS[name].reference for name in fitting}
-        return [name for name in own if name in fitting or name in references]
+        references = {METHODS[name].reference for name in asked}
+        return [name for name in own if name in asked or name in references]
 
     @property
     def effort(self) -> dict[str, float]:

@@ -23,7 +23,6 @@ from report_tables import (
     finetune_table,
     first,
     layer_table,
-    markdown,
     model_table,
     number,
     only,
@@ -34,6 +33,7 @@ from study_plan import Method
 from study_report import PAIRS, Results, differences, loss, prose
 from study_results import RESULTS as STUDY
 from study_results import read
+from tabular import markdown
 
 import plots
 from plots import Row, load

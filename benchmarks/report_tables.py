@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tabular import markdown
+
 from plots import Row, load
 
 NAMES = {
@@ -125,9 +127,3 @@ def where(rows: list[Row]) -> str:
     packages = ", ".join(f"{name} {row[name]}" for name in ("torch", "peft", "bitsandbytes") if row[name] != "unknown")
     counted = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else rounds[0]
     return f"{row['device']}, {row['threads']} threads, {packages}; medians of {counted} rounds"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -21,7 +21,6 @@ groups of 32), so its "16-bit" weights are on a grid of their own.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -33,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit, cpu_name
+from tabular import write_csv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from measure import commit, cpu_name
+from measure import relative_error
 from oftv2.backends import find_backend
 from oftv2.merging import rotated
 from oftv2.rotation import Rotation
@@ -88,7 +89,7 @@ def of_size(update: Callable[[float], Tensor], weight: Tensor, size: float) -> T
     scale = 1e-3
     for _ in range(12):
         merged = update(scale)
-        reached = ((merged - weight).norm() / weight.norm()).item()
+        reached = relative_error(merged, weight)
         if abs(reached / size - 1) < 1e-4:
             return merged
         scale *= size / reached
@@ -108,7 +109,9 @@ def compare(name: str, weight: Tensor, gradient: Tensor, args: argparse.Namespac
         assert backend.dequantize is not None
         assert backend.requantize is not None
         bases = {"16-bit": weight, "quantized": backend.dequantize(layer)}
-        before = {base: _error(backend.dequantize(backend.requantize(layer, w)), w) for base, w in bases.items()}
+        before = {
+            base: relative_error(backend.dequantize(backend.requantize(layer, w)), w) for base, w in bases.items()
+        }
         for base, update, size, seed, method in product(
             args.bases, args.updates, args.sizes, range(args.seeds), methods
         ):
@@ -124,15 +127,11 @@ def compare(name: str, weight: Tensor, gradient: Tensor, args: argparse.Namespac
                 "method": method,
                 "matrix": name,
                 "seed": seed,
-                "error": _error(again, merged),
+                "error": relative_error(again, merged),
                 "before": before[base],
                 "kept": (((again - start) * step).sum() / step.square().sum()).item(),
                 "range": (merged.abs().max() / start.abs().max()).item(),
             }
-
-
-def _error(quantized: Tensor, exact: Tensor) -> float:
-    return ((quantized - exact).norm() / exact.norm()).item()
 
 
 def measure(weights: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace) -> list[Row]:
@@ -236,10 +235,7 @@ def main() -> None:
         arguments = {key: value for key, value in vars(args).items() if key != "out"}
         text = json.dumps({"machine": about, "arguments": arguments, "rows": table}, indent=2)
         args.out.with_suffix(".json").write_text(text + "\n")
-        with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(args.out.with_suffix(".csv"), table)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ that design can cost. The formulas and what the bound leaves out are in ``kernel
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tabular import markdown, write_csv
 
 from kernel_costs import (
     MACHINES,
@@ -35,13 +36,11 @@ from kernel_costs import (
     weight_delta_grad,
     weight_forward,
 )
-from model_sizes import SIZES
+from model_sizes import SIZES, USUAL, Size
 
 BLOCK_SIZE = 32
 TRAINING_TOKENS = 8192
 DECODING_TOKENS = (1, 16)
-# hidden size, width of k and v, width of the feed-forward layer
-MODELS = {name: (SIZES[name].hidden, SIZES[name].kv, SIZES[name].ffn) for name in ("Llama-3-8B", "Qwen2.5-7B")}
 
 Row = dict[str, Any]
 # A kernel's name, what it costs, and all that the layer runs without and with the adapter.
@@ -106,8 +105,9 @@ def grouped(tokens: int, d: int, outs: list[int], b: int) -> Iterator[Line]:
         yield name, extra, frozen, frozen + extra
 
 
-def model_lines(hidden: int, kv: int, ffn: int, b: int) -> Iterator[tuple[str, int, Line]]:
-    """Projection, tokens and line for all that a model of these sizes runs."""
+def model_lines(size: Size, b: int) -> Iterator[tuple[str, int, Line]]:
+    """Projection, tokens and line for all that a model of this size runs."""
+    hidden, kv, ffn = size.hidden, size.kv, size.ffn
     shapes = {"q, o": (hidden, hidden), "k, v": (hidden, kv), "gate, up": (hidden, ffn), "down": (ffn, hidden)}
     for name, (d, n) in shapes.items():
         yield from ((f"{name} {d}→{n}", TRAINING_TOKENS, line) for line in training(TRAINING_TOKENS, d, n, b))
@@ -119,8 +119,8 @@ def model_lines(hidden: int, kv: int, ffn: int, b: int) -> Iterator[tuple[str, i
 
 def table() -> Iterator[Row]:
     """One row a model, projection, number of tokens and kernel."""
-    for model, sizes in MODELS.items():
-        for projection, tokens, (kernel, run, frozen, adapted) in model_lines(*sizes, BLOCK_SIZE):
+    for model in USUAL:
+        for projection, tokens, (kernel, run, frozen, adapted) in model_lines(SIZES[model], BLOCK_SIZE):
             row: Row = {"model": model, "projection": projection, "tokens": tokens, "kernel": kernel}
             row["bytes"] = sum(cost.bytes for cost in run)
             row["flops"] = sum(cost.flops for cost in run)
@@ -131,15 +131,10 @@ def table() -> Iterator[Row]:
             yield row
 
 
-def markdown(rows: list[Row]) -> str:
-    """The rows as a Markdown table, in MB and GFLOP."""
-    lines = []
-    for row in rows:
-        cells = {**row, "bytes": f"{row['bytes'] / 1e6:.4g} MB", "flops": f"{row['flops'] / 1e9:.4g} G"}
-        if not lines:
-            lines += ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
-        lines.append("| " + " | ".join(map(str, cells.values())) + " |")
-    return "\n".join(lines)
+def cells(row: Row) -> list[str]:
+    """Of a Markdown table, in MB and GFLOP."""
+    shown = {**row, "bytes": f"{row['bytes'] / 1e6:.4g} MB", "flops": f"{row['flops'] / 1e9:.4g} G"}
+    return [str(value) for value in shown.values()]
 
 
 def main() -> None:
@@ -153,13 +148,10 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"--only {args.only!r} matches no row")
     if args.markdown or not args.out:
-        print(markdown(rows))
+        print(markdown([list(rows[0]), *map(cells, rows)]))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ and plots of the results.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import itertools
 import json
@@ -33,8 +32,10 @@ import checkout
 checkout.make_importable()
 
 import torch  # noqa: E402
+from provenance import Neighbours, environment  # noqa: E402
+from tabular import aligned, write_csv  # noqa: E402
 
-from measure import MissingError, Neighbours, Row, environment, keep_freed_memory  # noqa: E402
+from measure import MissingError, Row, keep_freed_memory  # noqa: E402
 from methods import METHODS, Sizes  # noqa: E402
 from options import Options  # noqa: E402
 
@@ -84,11 +85,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         _replace(self.path.with_name(f"{self.path.name}.json"), f"[\n{lines}\n]\n")
-        columns = list(dict.fromkeys(itertools.chain.from_iterable(self.rows)))
-        with open(self.path.with_name(f"{self.path.name}.csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path.with_name(f"{self.path.name}.csv"), self.rows)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -138,9 +135,7 @@ def table(rows: list[Row]) -> str:
     columns = [key for key in dict.fromkeys(itertools.chain.from_iterable(rows)) if not key.endswith(("_q1", "_q3"))]
     same = [key for key in columns if key not in ("group", "method") and len({str(r.get(key)) for r in rows}) == 1]
     shown = [key for key in columns if key not in same]
-    cells = [shown, *([_cell(row, key) for key in shown] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    text = aligned([shown, *([_cell(row, key) for key in shown] for row in rows)])
     stated = ", ".join(f"{key} {rows[0][key]}" for key in same if rows[0].get(key) not in (None, ""))
     return "\n".join([stated, text[0], "-" * len(text[0]), *text[1:]])
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from study_plan import METHODS, TASKS, Row, plan
-from study_report import BASES, Results, grid_table, label, markdown, neumann_table, prose, quality, show, verdicts
+from study_report import BASES, Results, grid_table, label, neumann_table, prose, quality, show, verdicts
 from study_results import read
 from study_stats import interval
+from tabular import markdown
 
 
 def task_columns(results: Results, figure_of: Callable[[str], tuple[str, Callable[[Row], float], str, float]]) -> str:
@@ -26,7 +27,7 @@ def task_columns(results: Results, figure_of: Callable[[str], tuple[str, Callabl
         if any(columns):
             trained = next(rows[0].get("trainable", 0) for rows in columns if rows)
             lines.append([name, f"{trained / 1e6:.2f} M", *cells])
-    return markdown(["", "trainable", *TASKS], lines)
+    return markdown([["", "trainable", *TASKS], *lines])
 
 
 def overview(path: Path) -> str:

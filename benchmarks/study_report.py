@@ -13,6 +13,7 @@ from pathlib import Path
 from study_plan import HEAD_TO_HEAD, LORA, METHODS, OFT, SEEDS, TASKS, Method, Row, Run, best_lr, plan
 from study_results import RESULTS, read
 from study_stats import Interval, at_equal_loss, interval, paired
+from tabular import markdown
 
 CORPUS = "shakespeare"
 NAMES = {"oft": "OFT b = ", "lora": "LoRA r = ", "dora": "DoRA r = ", "full": "all weights", "base": "base"}
@@ -22,12 +23,6 @@ BASES = {"float32": "", "nf4": ", NF4", "bfloat16": ", bf16"}
 def label(method: Method) -> str:
     """Such as ``OFT b = 32, NF4``."""
     return f"{NAMES[method.kind]}{method.size or ''}{BASES[method.base]}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in [head, *rows]]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def show(value: Interval | None, form: str, scale: float = 1.0) -> str:
@@ -114,7 +109,7 @@ def task_table(results: Results, task: str) -> str:
                 f"{sum(row['cpu_seconds'] / row['steps'] for row in rows) / len(rows):.2f}",
             ]
         )
-    return markdown(head, lines)
+    return markdown([head, *lines])
 
 
 def sweep_table(results: Results) -> str:
@@ -125,7 +120,7 @@ def sweep_table(results: Results) -> str:
             found = {row["lr"]: loss(row) for row in results.sweep(task, method)}
             if found:
                 lines.append([task, label(method), ", ".join(f"{lr:g}: {found[lr]:.3f}" for lr in sorted(found))])
-    return markdown(["task", "method", "learning rate: loss"], lines)
+    return markdown([["task", "method", "learning rate: loss"], *lines])
 
 
 NF4_OFT, NF4_LORA = HEAD_TO_HEAD[2:]
@@ -143,7 +138,7 @@ def paired_table(results: Results) -> str:
                 shown = ["–" if task == CORPUS else show(differences[0], "+.1f", 100)]
                 shown += [show(differences[1], "+.3f"), show(differences[2], "+.1f")]
                 lines.append([f"{label(ours)} − {label(theirs)}", task, str(differences[0].n), *shown])
-    return markdown(["difference", "task", "seeds", "accuracy, points", "loss", "perplexity of prose"], lines)
+    return markdown([["difference", "task", "seeds", "accuracy, points", "loss", "perplexity of prose"], *lines])
 
 
 def forgetting_table(results: Results) -> str:
@@ -155,7 +150,7 @@ def forgetting_table(results: Results) -> str:
             cells = [f"{prose(row):.1f} (loss {loss(row):.3f}, lr {row['lr']:g})" for row in found]
             if cells:
                 lines.append([task, f"{label(ours)}: {cells[0]}", f"{label(theirs)}: {cells[1]}"])
-    return markdown(["task", "", ""], lines)
+    return markdown([["task", "", ""], *lines])
 
 
 def least_forgetting(results: Results, task: str, ours: Method, theirs: Method) -> list[Row]:
@@ -178,7 +173,7 @@ def neumann_table(results: Results) -> str:
              f"{turned['generator_norm']:.2f}", f"{row['cpu_seconds'] / row['steps']:.2f}"]
         )  # fmt: skip
     head = ["", "held-out right, %", "loss", "‖RᵀR − I‖, worst layer", "‖Q‖, largest", "CPU s a step (shared machine)"]
-    return markdown(head, lines)
+    return markdown([head, *lines])
 
 
 def grid_table(results: Results, study: str) -> str:
@@ -192,7 +187,7 @@ def grid_table(results: Results, study: str) -> str:
             for row in mine
         ]
         lines.append([name, " · ".join(cells)])
-    return markdown(["method", "learning rate: loss (accuracy)"], lines)
+    return markdown([["method", "learning rate: loss (accuracy)"], *lines])
 
 
 def differences(results: Results, ours: Method, theirs: Method, figure: Callable[[Row], float]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import oftv2
-from measure import MissingError, Row, Run, interleave, require, saved_bytes, timings
+from measure import MissingError, Row, Run, interleave, relative_error, require, saved_bytes, timings
 from methods import perturb
 from options import Options
 
@@ -135,7 +135,6 @@ def _step(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], upstream: Te
 @torch.no_grad()
 def _error(layer: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
     """How far the rotated experts are from the same with their rotations folded in."""
-    actual, merged = layer(*inputs).float(), copy.deepcopy(layer)
+    actual, merged = layer(*inputs), copy.deepcopy(layer)
     merged.merge()
-    expected = merged(*inputs).float()
-    return (torch.linalg.norm(actual - expected) / torch.linalg.norm(expected)).item()
+    return relative_error(actual, merged(*inputs))

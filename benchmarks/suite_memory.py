@@ -15,7 +15,7 @@ from suite_step import OWN, OWN_NF4, step
 
 import models
 from measure import Row, bar, in_fresh_process, memory, reset_peak, saved_bytes
-from methods import METHODS, Sizes, attach, available
+from methods import METHODS, attach, available
 from options import Options
 
 STEPS = 2  # in the second the optimizer has its state
@@ -35,36 +35,19 @@ def measure(options: Options) -> Iterator[Row]:
             if name in missing:
                 yield {**row, "missing": missing[name]}
                 continue
-            figures = in_fresh_process(
-                "suite_memory:one",
-                **{"name": name, "model": options.model, "device": str(options.device), "dtype": options.dtype_name},
-                **{**shape, "block_size": options.sizes.block_size, "rank": options.sizes.rank, "seed": options.seed},
-            )
+            figures = in_fresh_process("suite_memory:one", name=name, told=options.to_json(), **shape)
             yield {**row, "base": base_of(name, options), **figures}
 
 
-def one(
-    name: str,
-    model: str,
-    device: str,
-    dtype: str,
-    batch: int,
-    length: int,
-    checkpointing: bool,
-    seed: int,
-    block_size: int,
-    rank: int,
-) -> dict[str, int]:
+def one(name: str, told: dict[str, Any], batch: int, length: int, checkpointing: bool) -> dict[str, int]:
     """The figures of one method, in this process."""
-    options = Options(
-        device=torch.device(device), dtype=getattr(torch, dtype), model=model, sizes=Sizes(block_size, rank), seed=seed
-    )
+    options = Options.of(told)
     ids = tokens(options, batch, length)
     # A small model first: what the packages import and set up when they are used is not the method's.
     _train(name, models.TINY_NAME, options, ids[:1, :8], checkpointing)
     reset_peak(options.device)
     before = memory(options.device, peak=False)
-    adapted = _train(name, model, options, ids, checkpointing)
+    adapted = _train(name, options.model, options, ids, checkpointing)
     peak = memory(options.device, peak=True)
     with saved_bytes(adapted) as kept:
         loss = adapted(input_ids=ids, labels=ids).loss

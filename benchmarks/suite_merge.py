@@ -10,13 +10,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from adapted import base_of, by_base, in_own_memory, together, tokens
 
 import models
 from measure import Row, bar, in_fresh_process, interleave, memory, reset_peak, timings
 from merging import MERGE, check_merged
-from methods import METHODS, Sizes, attach, perturb
+from methods import METHODS, attach, perturb
 from options import Options
 
 OWN = ["oft", "peft-oft", "lora", "dora"]
@@ -29,11 +28,7 @@ def measure(options: Options) -> Iterator[Row]:
 
 def _measure(shared: Row, names: list[str], options: Options) -> Iterator[Row]:
     peaks = {
-        name: in_fresh_process(
-            "suite_merge:peak",
-            **{"name": name, "model": options.model, "device": str(options.device), "dtype": options.dtype_name},
-            **{"seed": options.seed, "block_size": options.sizes.block_size, "rank": options.sizes.rank},
-        )
+        name: in_fresh_process("suite_merge:peak", name=name, told=options.to_json())
         for name in bar(() if options.quick else names, f"{shared['group']}: peak memory")
     }
     found, _ = together(options, names)
@@ -67,13 +62,14 @@ class Merging:
         self.seconds += one[""]
 
 
-def peak(name: str, model: str, device: str, dtype: str, seed: int, block_size: int, rank: int) -> dict[str, int]:
+def peak(name: str, told: dict[str, Any]) -> dict[str, int]:
     """Bytes that merging takes beyond the unmerged model, at the most and when it is done, in this process."""
-    options = Options(device=torch.device(device), dtype=getattr(torch, dtype), seed=seed)
-    sizes = Sizes(block_size, rank)
-    for source in (models.TINY_NAME, model):  # a small model first, for what packages set up when they are used
-        base = in_own_memory(models.load(source, options.device, options.dtype, nf4=METHODS[name].nf4, seed=seed))
-        adapted = perturb(name, attach(name, base, sizes))
+    options = Options.of(told)
+    for source in (models.TINY_NAME, options.model):  # a small one first, for what packages set up when they are used
+        base = in_own_memory(
+            models.load(source, options.device, options.dtype, nf4=METHODS[name].nf4, seed=options.seed)
+        )
+        adapted = perturb(name, attach(name, base, options.sizes))
         del base
         adapted(tokens(options, 1, 8))
         reset_peak(options.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import models
 import oftv2
-from measure import Row, in_fresh_process, interleave, memory, timings
+from measure import Row, in_fresh_process, interleave, memory, relative_error, timings
 from model_sizes import Size
 from options import Options
 
@@ -46,8 +46,7 @@ def measure(options: Options) -> Iterator[Row]:
                 shared = {"group": group, "rows": BATCH, "tokens": made.tokens, "adapters": count}
                 yield from _measure(shared, made, options)
                 if kind == "model":
-                    how = {"device": options.device.type, "dtype": options.dtype_name, "quick": options.quick}
-                    grew = in_fresh_process("suite_rows:memory_growth", count=count, **how)
+                    grew = in_fresh_process("suite_rows:memory_growth", count=count, told=options.to_json())
                     yield {**shared, "method": "memory", "grew_bytes": grew}
 
 
@@ -105,8 +104,7 @@ def _measure(shared: Row, made: Case, options: Options) -> Iterator[Row]:
         with oftv2.disable_adapter(model):
             return call(model, batch)
 
-    expected = one_by_one()
-    error = (torch.linalg.norm((anew() - expected).float()) / torch.linalg.norm(expected.float())).item()
+    error = relative_error(anew(), one_by_one())
     if not error < (1e-5 if options.dtype == torch.float32 else 3e-2):
         raise SystemExit(f"{shared['group']}: in one pass the rows are {error:.1e} from their own; nothing was timed")
     with oftv2.adapters_per_row(kept, rows):
@@ -125,9 +123,9 @@ def _measure(shared: Row, made: Case, options: Options) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def memory_growth(count: int, device: str, dtype: str, quick: bool) -> int:
+def memory_growth(count: int, told: dict[str, Any]) -> int:
     """Bytes by which the model grows with its adapters and the Δ that are kept in the context."""
-    options = Options(torch.device(device), getattr(torch, dtype), quick)
+    options = Options.of(told)
     _, _, model, batch, call = case("model", options)
     call(model, batch)
     before = memory(options.device, peak=False)

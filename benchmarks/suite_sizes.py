@@ -21,7 +21,7 @@ from measure import Row, in_fresh_process, interleave, memory, reset_peak, timin
 from memory_model import GIB, Step
 from memory_table import SETTINGS
 from memory_trace import kept_and_peak
-from methods import METHODS, Sizes, attach, available
+from methods import METHODS, attach, available
 from model_sizes import SIZES, Size
 from options import Options
 
@@ -111,15 +111,13 @@ def _resident(
         if predicted > 0.6 * _free():
             missing[name] = f"not run: {predicted / GIB:.1f} GiB predicted, {_free() / GIB:.1f} free"
             continue
-        sizes = {"block_size": options.sizes.block_size, "rank": options.sizes.rank}
-        arguments = {"name": name, "size": shared["size"], "dtype": options.dtype_name, **sizes}
-        peak = in_fresh_process("suite_sizes:resident", **arguments)
+        peak = in_fresh_process("suite_sizes:resident", name=name, size=shared["size"], told=options.to_json())
         yield {**shared, "method": name, **_gib(predicted_gib=predicted, measured_gib=peak)}
 
 
-def resident(name: str, size: str, dtype: str, block_size: int, rank: int) -> int:
+def resident(name: str, size: str, told: dict[str, Any]) -> int:
     """The resident set's peak over two steps of one decoder layer, beyond what the process held before; in this one."""
-    options = Options(dtype=getattr(torch, dtype), sizes=Sizes(block_size, rank))
+    options = Options.of(told)
     small, shape = models.TINY[models.TINY_NAME], (SIZES | models.TINY)[size].one_layer()
     for warm_up, taken in ((True, small), (False, shape)):
         ids = tokens(options, 1, 8) if warm_up else tokens(options, *LAYER)

@@ -14,7 +14,6 @@ tables, W and W′ on their way into the product and out of it take 1.3 times as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import run
-from .tiles import cdiv, multiprocessors, tile_size
+from .tiles import Launch, cdiv, multiprocessors, tile_size
 
+# How ``absmax`` is quantized itself ("double quantization"): the 256 levels of ``code₂``, ``absmax₂`` and ``offset``
+# (all float32), and how many neighbouring q share an ``absmax₂``, a power of two.
+Nested = tuple[Tensor, Tensor, Tensor, int]
 # Rows that share one Δ: Δ of b = 32 is then a tenth of what a program reads and writes.
 _SHARE = 512
 
@@ -189,15 +191,6 @@ def _dequantize_rotate(
         tl.store(out + row.to(tl.int64)[:, None] * d + wanted[None, :], rotated, mask=stored)
 
 
-class Nested(NamedTuple):
-    """How ``absmax`` is quantized itself ("double quantization"): ``absmax = code[q] · absmax₂[block₂] + offset``."""
-
-    code: Tensor  # 256 float32 levels
-    absmax: Tensor  # float32, one for each ``blocksize`` neighbouring values of q
-    offset: Tensor  # one float32 number
-    blocksize: int  # a power of two
-
-
 class Storage(NamedTuple):
     """A 4-bit weight as the kernels take it."""
 
@@ -212,17 +205,17 @@ def storage(
     code: Tensor,
     d: int,
     blocksize: int,
-    nested: tuple[Tensor, Tensor, Tensor, int] | None,
+    nested: Nested | None,
     whole: bool = True,
 ) -> Storage:
     """Chooses 32-bit words with one ``absmax`` a row and block, or single nibbles: odd layouts, tiles not ``whole``."""
     flat, scales = packed.reshape(-1).view(torch.uint8), absmax.reshape(-1)
     aligned = whole and d % blocksize == 0 and _in_words(flat) and (nested is None or _in_words(scales))
-    more = Nested(*nested) if nested else Nested(absmax, absmax, absmax, 0)  # not looked at where there is none
+    levels, absmax2, offset, blocksize2 = nested or (absmax, absmax, absmax, 0)  # not looked at where there is none
     if aligned:
         flat, scales = flat.view(torch.int32), scales.view(torch.int32) if nested else scales
-    tensors = (flat, scales, code, more.code, more.absmax, more.offset)
-    return Storage(tensors, d // 8, {"BLOCKSIZE": blocksize, "BLOCKSIZE2": more.blocksize, "ALIGNED": aligned})
+    tensors = (flat, scales, code, levels, absmax2, offset)
+    return Storage(tensors, d // 8, {"BLOCKSIZE": blocksize, "BLOCKSIZE2": blocksize2, "ALIGNED": aligned})
 
 
 def _in_words(octets: Tensor) -> bool:
@@ -235,17 +228,8 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
     return tile_size(block_size) <= {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}.get(dtype, 0)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a rotation of a weight is cut into programs: ``(groups of tiles, shares of the rows)``."""
-
-    grid: tuple[int, int]
-    share: int
-    constants: dict[str, int | bool]
-
-
 def plan(n: int, d: int, block_size: int, dtype: torch.dtype, aligned: bool, device: torch.device) -> Launch:
-    """The launch for a weight of ``(n, d)``."""
+    """The launch for a weight of ``(n, d)``: groups of tiles, and shares of the rows."""
     if not supports(dtype, block_size):
         raise ValueError(f"no kernel rotates a 4-bit weight as {dtype} in blocks of {block_size}")
     tile = max(32, tile_size(block_size))
@@ -272,7 +256,7 @@ def dequantize_rotate(
     delta: Tensor | None,
     dtype: torch.dtype,
     *,
-    nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
+    nested: Nested | None = None,
 ) -> Tensor:
     """``W′ = W + WΔᵀ`` from bitsandbytes' 4-bit storage, or W itself without Δ.
 
@@ -284,7 +268,7 @@ def dequantize_rotate(
         blocksize: a power of two, at least 32.
         delta: Δ of ``(r, b, b)``, float32, in any layout: its transpose gives ``W + WΔ``. See :func:`supports`.
         dtype: of the result: bfloat16, float16 or float32.
-        nested: :class:`Nested`, where absmax is quantized.
+        nested: where absmax is quantized itself.
     """
     n, d = shape
     out = torch.empty(n, d, dtype=dtype, device=packed.device)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import run
-from .nf4 import load_weight, lookup, open_weight, scaling, storage, unpack
+from .nf4 import Nested, load_weight, lookup, open_weight, scaling, storage, unpack
 from .rotate import rotate
 from .tiles import cdiv, rows
 
@@ -109,7 +109,7 @@ def rotate_matmul_4bit(
     shape: tuple[int, int],
     blocksize: int,
     *,
-    nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
+    nested: Nested | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """``y = (x + xΔ) Wᵀ + bias``, meant for up to 16 tokens: each 16 more read all of W again.

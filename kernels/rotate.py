@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +20,10 @@ from torch import Tensor
 
 from .launch import run
 from .tiles import (
+    Launch,
     cdiv,
     load_blocks,
+    load_part,
     load_rows,
     load_rows_transposed,
     load_skew,
@@ -32,7 +33,7 @@ from .tiles import (
     rows,
     store_blocks,
     store_rows,
-    tile_columns,
+    tile_of,
     tile_size,
 )
 
@@ -59,10 +60,7 @@ def _forward(
     GROUP: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
     TERMS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
-    part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
-    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    first, part, column, inside, wanted, exists = tile_of(tl.program_id(0), columns, B, TILE, WIDTH)
     dtype = x.dtype.element_ty
     delta0 = _delta(source0, strides, first, num_blocks, part, B, TILE, WIDTH, TERMS, False).to(dtype)
     if GROUP > 1:
@@ -73,10 +71,7 @@ def _forward(
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         row = start + tl.arange(0, BLOCK_T)
         tile = load_rows(x, row, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
-        if WIDTH == TILE:
-            kept = tile.to(tl.float32)
-        else:
-            kept = load_rows(x, row, wanted, exists, T, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
+        kept = load_part(tile, x, row, wanted, exists, T, x_stride, TILE, WIDTH, EVEN)  # [BLOCK_T, WIDTH]
         rotated = kept + tl.dot(tile, delta0, input_precision="tf32x3")
         store_rows(out0, rotated, row, wanted, exists, T, columns, EVEN)
         if GROUP > 1:
@@ -113,10 +108,7 @@ def _backward(
     GROUP: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
     TERMS: tl.constexpr, EVEN: tl.constexpr, WITH_X: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) // (TILE // WIDTH) * (TILE // B)
-    part = tl.program_id(0) % (TILE // WIDTH) * WIDTH
-    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    first, part, column, inside, wanted, exists = tile_of(tl.program_id(0), columns, B, TILE, WIDTH)
     dtype = grad0.dtype.element_ty
     delta0 = tl.zeros((TILE, WIDTH), dtype)  # Δᵀ
     delta1, delta2 = delta0, delta0
@@ -182,15 +174,6 @@ _BACKWARD_32_BIT = {16: (16, 32, 4, 3), 32: (32, 32, 4, 2), 64: (32, 32, 4, 2)}
 _PROGRAMS_PER_MULTIPROCESSOR = {16: 8, 32: 4, 64: 4, 128: 2, 256: 2}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a rotation is cut into programs: ``(column tiles, shares of the tokens)``."""
-
-    grid: tuple[int, int]
-    share: int
-    constants: dict[str, int | bool]
-
-
 def supports(dtype: torch.dtype, block_size: int, *, group: int = 1, terms: int = 0) -> bool:
     """Whether the kernels take this; registers run out for wide blocks in float32, several, or made on the way."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32) or group > MAX_GROUP:
@@ -228,7 +211,7 @@ def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], processo
 
 
 def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
-    """The launch for ``x`` of ``(T, d)``."""
+    """The launch for ``x`` of ``(T, d)``: column tiles, and shares of the tokens."""
     return _plan(x.dtype, x.shape[0], num_blocks, block_size, terms, group, backward, multiprocessors(x.device))
 
 

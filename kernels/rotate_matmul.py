@@ -26,7 +26,7 @@ from .tiles import (
     next_power_of_2,
     rows,
     shared_memory,
-    tile_columns,
+    tile_of,
     tile_size,
 )
 
@@ -48,10 +48,7 @@ def _matmul(
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     begin = tl.program_id(1) * share
     for step in range(begin, tl.minimum(begin + share, steps)):
-        first = step // (TILE // WIDTH) * (TILE // B)
-        part = step % (TILE // WIDTH) * WIDTH
-        column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-        wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+        first, part, column, inside, wanted, exists = tile_of(step, columns, B, TILE, WIDTH)
         x_tile = load_rows(x, token, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
         d_tile = load_blocks(delta, STRIDES, first, num_blocks, part, B, TILE, WIDTH).to(dtype)  # [TILE, WIDTH]
         w_tile = load_rows(weight, output, wanted, exists, outputs, weight_stride, EVEN)  # [BLOCK_N, WIDTH]

@@ -20,12 +20,13 @@ from .rotate import share_of, tiling
 from .tiles import (
     cdiv,
     load_blocks,
+    load_part,
     load_rows,
     load_rows_transposed,
     multiprocessors,
     store_blocks,
     store_rows,
-    tile_columns,
+    tile_of,
 )
 
 
@@ -35,10 +36,7 @@ def _forward(
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) // (TILE // WIDTH) * (TILE // B)
-    part = tl.program_id(1) % (TILE // WIDTH) * WIDTH
-    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    first, part, column, inside, wanted, exists = tile_of(tl.program_id(1), columns, B, TILE, WIDTH)
     x += index * x_row_stride
     out += index * T * columns
     adapter = tl.load(rows + index).to(tl.int64)
@@ -51,10 +49,7 @@ def _forward(
     for start in range(begin, tl.minimum(begin + share, T), BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
         tile = load_rows(x, token, column, inside, T, x_stride, EVEN)  # [BLOCK_T, TILE]
-        if WIDTH == TILE:
-            kept = tile.to(tl.float32)
-        else:
-            kept = load_rows(x, token, wanted, exists, T, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
+        kept = load_part(tile, x, token, wanted, exists, T, x_stride, TILE, WIDTH, EVEN)  # [BLOCK_T, WIDTH]
         rotated = kept + tl.dot(tile, delta, input_precision="tf32x3")
         rotated = tl.where(adapter < 0, kept, rotated)  # infinities times zero are no zeros
         store_rows(out, rotated, token, wanted, exists, T, columns, EVEN)
@@ -67,10 +62,7 @@ def _delta_grad(
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     adapter = tl.program_id(0)
-    first = tl.program_id(1) // (TILE // WIDTH) * (TILE // B)
-    part = tl.program_id(1) % (TILE // WIDTH) * WIDTH
-    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    first, part, column, inside, wanted, exists = tile_of(tl.program_id(1), columns, B, TILE, WIDTH)
     total = tl.zeros((TILE, WIDTH), tl.float32)
     begin = tl.program_id(2) * share
     end = tl.minimum(begin + share, T)

@@ -18,13 +18,14 @@ from .rotate import share_of, tiling
 from .tiles import (
     cdiv,
     load_blocks,
+    load_part,
     load_rows,
     load_rows_transposed,
     multiprocessors,
     rows,
     store_blocks,
     store_rows,
-    tile_columns,
+    tile_of,
 )
 
 
@@ -54,10 +55,7 @@ def _forward(
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
-    first = tl.program_id(1) // (TILE // WIDTH) * (TILE // B)
-    part = tl.program_id(1) % (TILE // WIDTH) * WIDTH
-    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    first, part, column, inside, wanted, exists = tile_of(tl.program_id(1), columns, B, TILE, WIDTH)
     block_strides = (strides[1], strides[2], strides[3])
     own = deltas + segment.to(tl.int64) * strides[0]
     delta = load_blocks(own, block_strides, first, num_blocks, part, B, TILE, WIDTH).to(x.dtype.element_ty)
@@ -66,10 +64,7 @@ def _forward(
         row = start + tl.arange(0, BLOCK_T)
         token, limit = _tokens(order, row, end, num_tokens, times, ORDERED)
         tile = load_rows(x, token, column, inside, limit, x_stride, EVEN)  # [BLOCK_T, TILE]
-        if WIDTH == TILE:
-            kept = tile.to(tl.float32)
-        else:
-            kept = load_rows(x, token, wanted, exists, limit, x_stride, EVEN).to(tl.float32)  # [BLOCK_T, WIDTH]
+        kept = load_part(tile, x, token, wanted, exists, limit, x_stride, TILE, WIDTH, EVEN)  # [BLOCK_T, WIDTH]
         rotated = kept + tl.dot(tile, delta, input_precision="tf32x3")
         store_rows(out, rotated, row, wanted, exists, end, columns, EVEN)
 
@@ -80,10 +75,7 @@ def _delta_grad(
     B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
-    first = tl.program_id(1) // (TILE // WIDTH) * (TILE // B)
-    part = tl.program_id(1) % (TILE // WIDTH) * WIDTH
-    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)  # [TILE]
-    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)  # [WIDTH]
+    first, part, column, inside, wanted, exists = tile_of(tl.program_id(1), columns, B, TILE, WIDTH)
     total = tl.zeros((TILE, WIDTH), tl.float32)
     begin, end = _share(ends, segment, BLOCK_T)
     for start in range(begin, end, BLOCK_T):
@@ -91,9 +83,7 @@ def _delta_grad(
         token, limit = _tokens(order, row, end, num_tokens, times, ORDERED)
         tile = load_rows_transposed(x, token, column, inside, limit, x_stride, EVEN)  # [TILE, BLOCK_T]
         upstream = load_rows(grad, row, wanted, exists, end, grad_stride, EVEN)  # [BLOCK_T, WIDTH]
-        # As in `rotate`: asynchronous products of wide tiles are to have read them before others take their place.
-        apart: tl.constexpr = 1 if TILE >= 64 else None
-        total += tl.dot(tile, upstream, input_precision="tf32x3", max_num_imprecise_acc=apart)
+        total += tl.dot(tile, upstream, input_precision="tf32x3")
     offset = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + segment) * num_blocks * (B * B)
     store_blocks(partial + offset, total, first, num_blocks, part, B, TILE, WIDTH)
 

@@ -9,6 +9,7 @@ neighbouring ``B × B`` blocks on its diagonal and zeros elsewhere, so that any 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,6 +19,16 @@ from torch import Tensor
 # Assumed where there is no CUDA device to ask (the interpreter, compiling ahead): an H100's or H200's.
 _DEFAULT_MULTIPROCESSORS = 132
 _DEFAULT_SHARED_MEMORY = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a rotation is cut into programs: tiles of columns by shares of rows, how many rows a share has, and the
+    kernel's constants and options."""
+
+    grid: tuple[int, int]
+    share: int
+    constants: dict[str, int | bool]
 
 
 # Triton's own of these two, made for kernels too, take 2 µs a call: of 37 µs of Python at a rotation's launch, 15.
@@ -83,12 +94,32 @@ def tile_columns(first, part, columns, B: tl.constexpr, TILE: tl.constexpr, WIDT
 
 
 @triton.jit
+def tile_of(program, columns, B: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """What is a program's: its tile's first block, where its part of the tile begins, the columns of the tile and of
+    the part, and whether they exist: ``[TILE]`` twice, ``[WIDTH]`` twice."""
+    first = program // (TILE // WIDTH) * (TILE // B)
+    part = program % (TILE // WIDTH) * WIDTH
+    column, inside = tile_columns(first, 0, columns, B, TILE, TILE)
+    wanted, exists = tile_columns(first, part, columns, B, TILE, WIDTH)
+    return first, part, column, inside, wanted, exists
+
+
+@triton.jit
 def load_rows(x, row, column, inside, T, stride, EVEN: tl.constexpr):
     """Rows of a matrix at some columns; zero outside. Where all columns exist, loads stay 16 bytes wide."""
     mask = (row < T)[:, None]
     if not EVEN:
         mask = mask & inside[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_part(tile, x, row, wanted, exists, T, stride, TILE: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """The part of a loaded tile that is a program's own, in float32; all of it, or loaded once more."""
+    if WIDTH == TILE:
+        return tile.to(tl.float32)
+    else:
+        return load_rows(x, row, wanted, exists, T, stride, EVEN).to(tl.float32)
 
 
 @triton.jit
@@ -146,21 +177,14 @@ def exact_dot(a, b):
 
 
 @triton.jit
-def neumann_start(Q, TERMS: tl.constexpr):
-    """``P = Q²``, ``S = 2(Q + Q²)`` and where Horner's scheme ``V ← S + V·P`` starts, which ends at Δ."""
+def neumann_delta(Q, TERMS: tl.constexpr):
+    """Δ of the truncated series, by Horner's scheme ``V ← 2(Q + Q²) + V·Q²``: ``[TILE, TILE]`` float32."""
     P = exact_dot(Q, Q)
     S = 2.0 * (Q + P)
     if TERMS % 2 == 0:
         V = S + exact_dot(P, Q)
     else:
         V = 2.0 * Q + P
-    return P, S, V
-
-
-@triton.jit
-def neumann_delta(Q, TERMS: tl.constexpr):
-    """Δ of the truncated series: ``[TILE, TILE]`` float32."""
-    P, S, V = neumann_start(Q, TERMS)
     for _ in tl.static_range((TERMS - 1) // 2):
         V = S + exact_dot(V, P)
     return V

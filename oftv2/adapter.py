@@ -20,7 +20,7 @@ from .partitioned import full_shape, refuse_partitioned
 from .pretrained import forget_quantization, read_from_gguf
 from .quant import QuantOFTLinear, find_backend
 from .sharding import check_unsharded
-from .state import AdapterState, find_state, get_state, oft_layers, plain_parameter
+from .state import AdapterState, active_parameters, find_state, get_state, oft_layers
 from .trained import base_values
 from .wrap import uninstall
 
@@ -39,7 +39,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     state = get_state(model)
     with _claimed(state):
         refuse_partitioned(
-            [(name, plain_parameter(model, name)) for adapter in state.sequence for name in state.trained[adapter]],
+            active_parameters(model).items(),
             "the base model's values cannot take its place; compare with a model in a process without ZeRO-3",
         )
         _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import platform
 import threading
@@ -129,6 +130,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replaces ``path`` in one step by indented JSON."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _running(process: str) -> bool:

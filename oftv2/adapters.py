@@ -207,11 +207,6 @@ def check_unmerged(model: nn.Module) -> None:
 def check_changeable(model: nn.Module) -> None:
     """As :func:`check_unmerged`, and where they are in use row by row."""
     check_unmerged(model)
-    check_not_by_row(model)
-
-
-def check_not_by_row(model: nn.Module) -> None:
-    """Raises AdapterError within ``adapters_per_row``."""
     for _, layer in oft_layers(model):
         if layer.rows is not None:
             raise AdapterError(f"{layer.name}: its adapters are in use row by row: leave adapters_per_row(model) first")

@@ -78,12 +78,12 @@ def average_adapters(
         if any(name in layer.rotations for name in names):
             layer.check_generators(names)
             try:
-                means[path] = _mean_generators(layer, names, shares, shared)
+                means[path] = _mean(layer, names, shares, shared)
             except NoMeanError as error:
                 raise AdapterError(
                     f"{path}: the adapters {', '.join(map(repr, names))} have no average: {error}"
                 ) from None
-    sizes = {path: _block_size(packed) for path, packed in means.items()}
+    sizes = {path: Q.shape[-1] for path, Q in means.items()}
     config = OFTConfig(
         block_size=max(sizes.values()),
         parametrization="cayley",
@@ -94,8 +94,8 @@ def average_adapters(
     layers = dict(oft_layers(model))
     targets = [Target(path, (path,), layers[path].base_layer, type(layers[path]), sizes[path]) for path in means]
     put(model, adapter_name, config, targets, ())
-    for path, packed in means.items():
-        layers[path].generators[adapter_name].copy_(packed)
+    for path, Q in means.items():
+        layers[path].generators[adapter_name].copy_(pack(Q))
     return model
 
 
@@ -109,8 +109,8 @@ def _shares(names: Sequence[str], weights: Sequence[float] | None) -> Tensor:
     return torch.tensor(given, dtype=torch.float64) / sum(given)
 
 
-def _mean_generators(layer: OFTLayer, names: Sequence[str], shares: Tensor, shared: bool) -> Tensor:
-    """The packed generators of the mean rotation, for the exact Cayley transform."""
+def _mean(layer: OFTLayer, names: Sequence[str], shares: Tensor, shared: bool) -> Tensor:
+    """The generators ``Q`` of the mean rotation, ``(r, b, b)``, for the exact Cayley transform."""
     present = [name for name in names if name in layer.rotations]
     deltas = {name: layer.rotations[name].delta(layer.generators[name].double().cpu()) for name in present}
     size = math.lcm(*(delta.shape[-1] for delta in deltas.values()))
@@ -119,12 +119,7 @@ def _mean_generators(layer: OFTLayer, names: Sequence[str], shares: Tensor, shar
     rotations = torch.stack([wide.get(name, nothing) for name in names]) + torch.eye(size, dtype=torch.float64)
     mean = karcher_mean(nearest_rotation(rotations), shares)
     _refuse_beyond(math.pi - _NEAR_PI, mean, "their mean is half a turn, which no generators make")
-    return pack(inverse_cayley(mean))
-
-
-def _block_size(packed: Tensor) -> int:
-    """``b`` of packed generators ``(r, b(b−1)/2)``."""
-    return (1 + math.isqrt(1 + 8 * packed.shape[1])) // 2
+    return inverse_cayley(mean)
 
 
 # ---------------------------------------------------------------------------------------------- the rotation group

@@ -65,7 +65,7 @@ class OFTLayer(MergeableLayer):
         super().__init__()
         self.name = name or type(base_layer).__name__
         config = config or OFTConfig()
-        rotation = self._resolve(config, block_size, base_layer)
+        rotation = self.resolve(base_layer, config, self.name, block_size)
         self.base_layer = base_layer.requires_grad_(False)
         self.rotations: dict[str, Rotation] = {}
         self.inits: dict[str, str] = {}
@@ -87,6 +87,12 @@ class OFTLayer(MergeableLayer):
         """``(size of what is rotated, parts of it that no block may straddle)``."""
         raise NotImplementedError
 
+    @classmethod
+    def resolve(cls, base_layer: nn.Module, config: OFTConfig, name: str, block_size: int | None = None) -> Rotation:
+        """The settings of an adapter on a base layer; AdapterError, with the name, if the block size does not fit."""
+        features, groups = cls.rotated_features(base_layer)
+        return Rotation.resolve(config, features, name, groups=groups, block_size=block_size)
+
     # ------------------------------------------------------------------------------------------ its adapters
 
     def add(self, adapter_name: str, config: OFTConfig | None = None, *, block_size: int | None = None) -> None:
@@ -101,11 +107,7 @@ class OFTLayer(MergeableLayer):
         if adapter_name in self.rotations:
             raise AdapterError(f"{self.name}: there is an adapter {adapter_name!r} already")
         config = config or OFTConfig()
-        self._put(adapter_name, self._resolve(config, block_size, self.base_layer), config.init)
-
-    def _resolve(self, config: OFTConfig, block_size: int | None, base_layer: nn.Module) -> Rotation:
-        features, groups = self.rotated_features(base_layer)
-        return Rotation.resolve(config, features, self.name, groups=groups, block_size=block_size)
+        self._put(adapter_name, self.resolve(self.base_layer, config, self.name, block_size), config.init)
 
     def _put(self, adapter_name: str, rotation: Rotation, init: str) -> None:
         device, wide = placement(self.base_layer)

@@ -7,7 +7,6 @@ last complete file.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .adapter_file import CONFIG_FILE, AdapterFile, write_atomically
+from .adapter_file import CONFIG_FILE, AdapterFile, write_json
 from .checkpoint import INDEX_FILE, MODEL_CONFIG, Checkpoint, open_checkpoint
 from .checkpoint_plan import Piece, Plan, make_plan
 from .errors import AdapterError
@@ -27,7 +26,6 @@ from .layers import is_conv1d
 from .merging import row_slices, scaled_rows
 from .model_card import write_merged_card
 from .reading import read_adapter, tensors_file
-from .rotation import Rotation
 from .safetensors_stream import DTYPES, tensor_pieces, write_tensors
 from .work_folder import WorkFolder
 
@@ -147,12 +145,10 @@ def merged_rows(base: Checkpoint, adapter: AdapterFile, piece: Piece) -> Iterato
     trained = torch.atleast_1d(adapter.parameter(piece.trained)) if piece.trained else None
     slices: Iterable[slice] = row_slices(piece.entry.shape)
     if target is not None:
-        features, groups = target.layer_class.rotated_features(target.module)
+        _, groups = target.layer_class.rotated_features(target.module)
         if groups > 1 or is_conv1d(target.module):
             slices = [slice(0, piece.entry.shape[0])]
-        size = target.block_size
-        rotation = Rotation.resolve(adapter.config, features, target.name, groups=groups, block_size=size)
-        delta = rotation.delta(adapter.generators(target.name).to(wide))
+        delta = target.rotation(adapter.config).delta(adapter.generators(target.name).to(wide))
     scale = adapter.output_scales.get(target.name) if target is not None else None
     for part in slices:
         rows = base.where[key].read(key, part) if trained is None else trained[part]
@@ -176,11 +172,7 @@ def _write_rest(folder: Path, base: Checkpoint, plan: Plan, base_name: str) -> l
         if "total_parameters" in metadata:
             shapes = [piece.entry.shape for pieces in plan.files.values() for piece in pieces.values()]
             metadata["total_parameters"] = sum(math.prod(shape) for shape in shapes)
-        _write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    _write_json(folder / MODEL_CONFIG, plan.config)
+        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(folder / MODEL_CONFIG, plan.config)
     write_merged_card(folder, base.folder, base_name, plan.adapter)
     return [f"not copied from {base.folder}: {', '.join(left)}"] if left else []
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

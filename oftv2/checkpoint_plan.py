@@ -85,8 +85,7 @@ def make_plan(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None,
     config = load_config(base.folder)
     cls = model_class(config, adapter)
     config, model = with_labels(cls, config, adapter)
-    if adapter.origin not in ("oftv2", "PEFT"):
-        adapter = located(adapter, model)
+    adapter = located(adapter, model)
     problems, targets = compare_plain(model, adapter)
     untied = dataclasses.replace(adapter, apart=())  # copies trained apart find a place of their own here
     refuse(title, problems + check_trained(model, untied))
@@ -273,14 +272,7 @@ def _still_tied(cls: Any, config: Any, apart: list[str]) -> list[str]:
 
 def _missing(model: nn.Module, names: StoredNames, pieces: dict[str, Piece]) -> list[str]:
     """Parameters that neither the base nor the adapter holds, of which transformers makes up values."""
-    present = {id(model.get_parameter(name)) for name in names.keys if _is_parameter(model, name)}
-    present |= {id(model.get_parameter(name)) for name in pieces if _is_parameter(model, name)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(parameters[name]) for name in (*names.keys, *pieces) if name in parameters}
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in present]
     return [f"neither the base nor the adapter holds {listed(missing)}: transformers fills it anew"] if missing else []
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(model.get_parameter(name), nn.Parameter)
-    except AttributeError:
-        return False

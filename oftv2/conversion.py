@@ -6,7 +6,6 @@ direction, so ``Δ`` has full rank as a rule: a LoRA approximates a rotation, an
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import CONFIG_FILE, PREFIX, TENSORS_FILE, serialized, write_atomically
+from .adapter_file import CONFIG_FILE, PREFIX, TENSORS_FILE, serialized, write_atomically, write_json
 from .base import OFTLayer
 from .conv import OFTConv2d
-from .errors import AdapterError
+from .errors import AdapterError, refuse
 from .experts import OFTExperts
 from .layers import OFTEmbedding, is_conv1d
 from .merging import rotated
@@ -93,8 +92,7 @@ def save_as_lora(
         f"{path} are experts: no LoRA is made of those" for path in layers if isinstance(layers[path], OFTExperts)
     ]
     problems += [f"{path}: the adapter is merged; call unmerge first" for path in layers if layers[path].merged]
-    if problems:
-        raise AdapterError("not converted:\n  " + "\n  ".join(problems))
+    refuse("not converted", problems)
     common = rank or max(_needed_rank(layers[path], tolerance or 0.0) for path in progress(layers))
     tensors, report = trained_tensors(model, name), {}
     for path in progress(layers):
@@ -125,7 +123,7 @@ def save_as_lora(
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / TENSORS_FILE, serialized(tensors))
-    write_atomically(out / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+    write_json(out / CONFIG_FILE, description)
     return report
 
 

@@ -6,9 +6,8 @@ other defaults for it; arguments that are given are honoured, and engines around
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, listed
 from .partitioned import gathered, has_master
+from .patching import replace_once
 from .state import find_state, oft_layers
 from .trained import trained_keys
 
@@ -26,11 +26,8 @@ _engines: WeakSet[Any] = WeakSet()  # those that were made since their class was
 def serve_deepspeed() -> None:
     """Gives DeepSpeed's engine, if it is imported, other defaults where its model is wrapped."""
     engine_class: Any = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
-    if engine_class is None or hasattr(engine_class, "_oftv2"):
-        return
-    engine_class._oftv2 = True
-    for served in (_served_model, _served_save, _served_module, _served_load, _served_gathers, _served_state_dict):
-        served(engine_class)
+    for name, function in _SERVED.items():
+        replace_once(engine_class, name, function)
 
 
 def check_no_engine(model: nn.Module) -> None:
@@ -70,40 +67,28 @@ def _trains(engine: Any) -> bool:
     return getattr(engine, "basic_optimizer", None) is not None
 
 
-def _served_model(engine_class: Any) -> None:
+def _configure_model(original: Any, engine: Any, model: nn.Module) -> None:
     """Has engines be known, and generators keep their values where an engine casts its model to 16 bit."""
-    original = engine_class._configure_distributed_model
+    _engines.add(engine)
+    generators = [(p, p.data) for _, layer in oft_layers(model) for p in layer.generators.values()]
+    broadcast = engine._broadcast_model
 
-    @functools.wraps(original)
-    def _configure_distributed_model(self: Any, model: nn.Module) -> None:
-        _engines.add(self)
-        generators = [(p, p.data) for _, layer in oft_layers(model) for p in layer.generators.values()]
-        broadcast = self._broadcast_model
+    def restore_and_broadcast() -> None:  # the model is cast by now, and no optimizer has copied anything
+        for parameter, values in generators:
+            parameter.data = values.to(parameter.device)
+        broadcast()
 
-        def restore_and_broadcast() -> None:  # the model is cast by now, and no optimizer has copied anything
-            for parameter, values in generators:
-                parameter.data = values.to(parameter.device)
-            broadcast()
-
-        self._broadcast_model = restore_and_broadcast
-        try:
-            original(self, model)
-        finally:
-            del self._broadcast_model
-
-    engine_class._configure_distributed_model = _configure_distributed_model
+    engine._broadcast_model = restore_and_broadcast
+    try:
+        original(engine, model)
+    finally:
+        del engine._broadcast_model
 
 
-def _served_save(engine_class: Any) -> None:
-    original = engine_class.save_checkpoint
-
-    @functools.wraps(original)
-    def save_checkpoint(self: Any, *args: Any, **options: Any) -> Any:
-        if find_state(self.module) is not None and len(args) < 5:  # the fifth is this option
-            options.setdefault("exclude_frozen_parameters", _can_leave_frozen_out(self.module))
-        return original(self, *args, **options)
-
-    engine_class.save_checkpoint = save_checkpoint
+def _save_checkpoint(original: Any, engine: Any, *args: Any, **options: Any) -> Any:
+    if find_state(engine.module) is not None and len(args) < 5:  # the fifth is this option
+        options.setdefault("exclude_frozen_parameters", _can_leave_frozen_out(engine.module))
+    return original(engine, *args, **options)
 
 
 def _can_leave_frozen_out(model: nn.Module) -> bool:
@@ -113,30 +98,21 @@ def _can_leave_frozen_out(model: nn.Module) -> bool:
     return all(parameter.requires_grad or not hasattr(parameter, "ds_id") for parameter in own)
 
 
-def _served_module(engine_class: Any) -> None:
-    original = engine_class.module_state_dict
-
-    @functools.wraps(original)
-    def module_state_dict(self: Any, *args: Any, exclude_frozen_parameters: bool = False, **options: Any) -> Any:
-        if not exclude_frozen_parameters or find_state(self.module) is None:
-            return original(self, *args, exclude_frozen_parameters=exclude_frozen_parameters, **options)
-        # DeepSpeed would leave a tied weight in under its second name, and the scales of 4-bit weights.
-        kept = {*trained_keys(self.module), *(name for name, _ in self.module.named_buffers())}
-        return {key: value for key, value in original(self, *args, **options).items() if key in kept}
-
-    engine_class.module_state_dict = module_state_dict
+def _module_state_dict(
+    original: Any, engine: Any, *args: Any, exclude_frozen_parameters: bool = False, **options: Any
+) -> Any:
+    model = engine.module
+    if not exclude_frozen_parameters or find_state(model) is None:
+        return original(engine, *args, exclude_frozen_parameters=exclude_frozen_parameters, **options)
+    # DeepSpeed would leave a tied weight in under its second name, and the scales of 4-bit weights.
+    kept = {*trained_keys(model), *(name for name, _ in model.named_buffers())}
+    return {key: value for key, value in original(engine, *args, **options).items() if key in kept}
 
 
-def _served_load(engine_class: Any) -> None:
-    original = engine_class.load_module_state_dict
-
-    @functools.wraps(original)
-    def load_module_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True, **options: Any) -> Any:
-        if strict and find_state(self.module) is not None:
-            strict = not _is_without_base(self.module, checkpoint["module"])
-        return original(self, checkpoint, strict=strict, **options)
-
-    engine_class.load_module_state_dict = load_module_state_dict
+def _load_module(original: Any, engine: Any, checkpoint: dict[str, Any], strict: bool = True, **options: Any) -> Any:
+    if strict and find_state(engine.module) is not None:
+        strict = not _is_without_base(engine.module, checkpoint["module"])
+    return original(engine, checkpoint, strict=strict, **options)
 
 
 def _is_without_base(model: nn.Module, saved: dict[str, Tensor]) -> bool:
@@ -154,27 +130,25 @@ def _is_without_base(model: nn.Module, saved: dict[str, Tensor]) -> bool:
     return True
 
 
-def _served_gathers(engine_class: Any) -> None:
-    original = engine_class.zero_gather_16bit_weights_on_model_save
-
-    @functools.wraps(original)
-    def zero_gather_16bit_weights_on_model_save(self: Any) -> bool:
-        return find_state(self.module) is not None or original(self)
-
-    engine_class.zero_gather_16bit_weights_on_model_save = zero_gather_16bit_weights_on_model_save
+def _gathers(original: Any, engine: Any) -> bool:
+    return find_state(engine.module) is not None or original(engine)
 
 
-def _served_state_dict(engine_class: Any) -> None:
-    original = engine_class._zero3_consolidated_16bit_state_dict
+def _gathered_state_dict(original: Any, engine: Any, *args: Any, **options: Any) -> Any:
+    if args or options or find_state(engine.module) is None:
+        return original(engine, *args, **options)
+    values = adapter_values(engine.module)
+    return values if torch.distributed.get_rank() == 0 else None
 
-    @functools.wraps(original)
-    def _zero3_consolidated_16bit_state_dict(self: Any, *args: Any, **options: Any) -> Any:
-        if args or options or find_state(self.module) is None:
-            return original(self, *args, **options)
-        values = adapter_values(self.module)
-        return values if torch.distributed.get_rank() == 0 else None
 
-    engine_class._zero3_consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+_SERVED: dict[str, Callable[..., Any]] = {
+    "_configure_distributed_model": _configure_model,
+    "save_checkpoint": _save_checkpoint,
+    "module_state_dict": _module_state_dict,
+    "load_module_state_dict": _load_module,
+    "zero_gather_16bit_weights_on_model_save": _gathers,
+    "_zero3_consolidated_16bit_state_dict": _gathered_state_dict,
+}
 
 
 def adapter_values(model: nn.Module) -> dict[str, Tensor]:

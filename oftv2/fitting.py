@@ -42,16 +42,17 @@ def compare_plain(model: nn.Module, adapter: AdapterFile) -> tuple[list[str], li
             what = "has no such module" if module is None else f"has a {type(module).__name__} there"
             problems.append(f"{name}: this {type(model).__name__} {what}")
             continue
-        features, groups = layer_class.rotated_features(module)
+        target = Target(name, tuple(paths[id(module)]), module, layer_class, block_size)
         try:
-            rotation = Rotation.resolve(adapter.config, features, name, groups=groups, block_size=block_size)
+            rotation = target.rotation(adapter.config)
         except AdapterError:
+            features, _ = layer_class.rotated_features(module)
             problems.append(
                 f"{name}: saved with block size {block_size}, which does not divide {features} features here"
             )
             continue
         problems += _check_shape(adapter, name, rotation) + _check_scale(adapter, name, module)
-        targets.append(Target(name, tuple(paths[id(module)]), module, layer_class, block_size))
+        targets.append(target)
     return problems, targets
 
 
@@ -68,12 +69,10 @@ def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str, *
     if not all(layer.enabled for layer in layers.values()):
         problems.append("the model's adapter is disabled: leave disable_adapter first")
     for name in set(layers) & set(adapter.block_sizes):
-        here = layers[name].rotations[adapter_name]
-        features, groups = layers[name].rotated_features(layers[name].base_layer)
+        layer = layers[name]
+        here = layer.rotations[adapter_name]
         try:
-            saved = Rotation.resolve(
-                adapter.config, features, name, groups=groups, block_size=adapter.block_sizes[name]
-            )
+            saved = layer.resolve(layer.base_layer, adapter.config, name, adapter.block_sizes[name])
         except AdapterError as error:
             problems.append(str(error))
             continue
@@ -82,7 +81,7 @@ def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str, *
             for field in dataclasses.fields(Rotation)
             if getattr(saved, field.name) != getattr(here, field.name) and field.name != "dropout"
         ]
-        problems += _check_shape(adapter, name, saved) + _check_scale(adapter, name, layers[name].base_layer)
+        problems += _check_shape(adapter, name, saved) + _check_scale(adapter, name, layer.base_layer)
     return problems
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .errors import AdapterError
+from .patching import replace_once
 from .sharding import plain_path, whole
 from .state import find_state
 from .trained import keys_within
@@ -22,12 +23,8 @@ from .trained import keys_within
 def serve_accelerate() -> None:
     """Has accelerate, if it is imported, take a wrapped model's adapters for the part that it saves on its own."""
     module: Any = sys.modules.get("accelerate.utils.fsdp_utils")
-    for name, function in (("_get_model_state_dict", _get), ("_set_model_state_dict", _set)):
-        original = getattr(module, name, None)
-        if original is not None and not hasattr(original, "_oftv2"):
-            replacement: Any = functools.wraps(original)(functools.partial(function, original))
-            replacement._oftv2 = True
-            setattr(module, name, replacement)
+    replace_once(module, "_get_model_state_dict", _get)
+    replace_once(module, "_set_model_state_dict", _set)
 
 
 def save_states_of_adapters_only(mark: str) -> None:
@@ -36,14 +33,10 @@ def save_states_of_adapters_only(mark: str) -> None:
 
     serve_accelerate()
     for name in ("save_fsdp_model", "load_fsdp_model"):
-        original: Any = getattr(module, name)
-        if not hasattr(original, "_oftv2"):
-            replacement: Any = functools.wraps(original)(functools.partial(_ask, original, mark))
-            replacement._oftv2 = True
-            setattr(module, name, replacement)
+        replace_once(module, name, functools.partial(_ask, mark))
 
 
-def _ask(original: Any, mark: str, plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **options: Any) -> Any:
+def _ask(mark: str, original: Any, plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **options: Any) -> Any:
     if hasattr(accelerator, mark) and _names(model):
         options["adapter_only"] = True
     return original(plugin, accelerator, model, *args, **options)

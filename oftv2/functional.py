@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _cayley_ops, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form  # noqa: F401  (for operators)
 from ._eager import Transform
 from ._operator import ops, unobserved
-from .cost_model import FUSED, INPUT, WEIGHT, Problem, cheapest, machine
+from .cost_model import FUSED, INPUT, WEIGHT
 from .kernels.register import register, rotates, usable
 from .reference import skew
 
@@ -219,23 +219,16 @@ def makes_rotation_on_the_way(x: Tensor, block_size: int) -> bool:
     return can_be_direct(x)
 
 
-def oft_linear(
-    x: Tensor,
-    delta: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    form: str | None = None,
-) -> Tensor:
-    """``y = (x R) Wᵀ + bias`` of a frozen weight, in the cheapest of its forms.
+def oft_linear(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None = None, *, form: str) -> Tensor:
+    """``y = (x R) Wᵀ + bias`` of a frozen weight, in one of its forms.
 
     Args:
         x (torch.Tensor): ``(..., d)``.
         delta (torch.Tensor): ``Δ = R − I`` of ``(r, b, b)``.
         weight (torch.Tensor): ``(n, d)``.
         bias (torch.Tensor | None): ``(n,)``.
-        form (str | None): ``"input"`` rotates ``x``; ``"weight"`` rotates ``W``, for this call alone; ``"fused"``
-            rotates ``x`` on its way into the product, without gradients; ``None``: :func:`choose_form` decides.
+        form (str): ``"input"`` rotates ``x``; ``"weight"`` rotates ``W``, for this call alone; ``"fused"`` rotates
+            ``x`` on its way into the product, without gradients.
 
     Returns:
         torch.Tensor: ``(..., n)``.
@@ -243,13 +236,12 @@ def oft_linear(
     Raises:
         ValueError: another ``form``.
     """
-    form = form or choose_form(x, weight, bias, delta.shape[-1])
     if form == WEIGHT:
         return ops.weight_form(x, delta, weight, bias)
     if form == FUSED:
         return ops.rotate_matmul(x, delta, weight, bias)
     if form != INPUT:
-        raise ValueError(f'form={form!r} is not allowed: use "input", "weight", "fused" or None')
+        raise ValueError(f'form={form!r} is not allowed: use "input", "weight" or "fused"')
     return torch.nn.functional.linear(rotate(x, delta), weight, bias)
 
 
@@ -270,17 +262,6 @@ def forms(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *, gradient: 
     if runs_kernels(device) and not gradient:
         return (INPUT, WEIGHT, FUSED)
     return (INPUT, WEIGHT)
-
-
-def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None, block_size: int) -> str:
-    """Which form of an adapted linear layer costs least: ``"input"``, ``"weight"`` or ``"fused"``."""
-    gradient = torch.is_grad_enabled()
-    possible = forms(x.dtype, weight, bias, gradient=gradient)
-    if len(possible) == 1:
-        return possible[0]
-    tokens = x.numel() // max(1, x.shape[-1])
-    problem = Problem(tokens, weight.shape[1], weight.shape[0], block_size, x.element_size(), gradient)
-    return cheapest(problem, possible, machine(weight.device))
 
 
 def _check_packed(generators: Tensor, block_size: int) -> None:

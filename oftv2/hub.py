@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import shutil
 import sys
@@ -15,6 +14,7 @@ from torch import nn
 
 from .adapter_file import CONFIG_FILE, TENSORS_FILE
 from .model_card import CARD_FILE, LIBRARY, is_edited
+from .patching import replace_once
 from .sharding import check_unsharded
 from .state import find_state
 
@@ -98,19 +98,14 @@ def serve_trainer() -> None:
     further adapters never. So they are put beside those files, into the folder that it uploads.
     """
     trainer_class = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    original = getattr(trainer_class, "_push_from_checkpoint", None)
-    if original is None or hasattr(original, "_oftv2"):
-        return
+    replace_once(trainer_class, "_push_from_checkpoint", _push_from_checkpoint)
 
-    @functools.wraps(original)
-    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if find_state(model) and self.is_world_process_zero() and self.args.hub_strategy != "end":
-            _copy_adapters(model, Path(checkpoint_folder), Path(self.args.output_dir))
-        original(self, checkpoint_folder)
 
-    _push_from_checkpoint._oftv2 = True  # type: ignore[attr-defined]
-    trainer_class._push_from_checkpoint = _push_from_checkpoint  # type: ignore[union-attr]
+def _push_from_checkpoint(original: Any, trainer: Any, checkpoint_folder: str) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if find_state(model) and trainer.is_world_process_zero() and trainer.args.hub_strategy != "end":
+        _copy_adapters(model, Path(checkpoint_folder), Path(trainer.args.output_dir))
+    original(trainer, checkpoint_folder)
 
 
 def _copy_adapters(model: nn.Module, source: Path, target: Path) -> None:

@@ -166,9 +166,7 @@ def _check_writable(model: nn.Module, adapter_name: str) -> None:
 
 def _read_for(model: nn.Module, folder: str | os.PathLike[str], as_trained: bool, adapter_name: str) -> AdapterFile:
     """The adapter under the names that its layers have in ``model``, where it is to be ``adapter_name``."""
-    adapter = read_adapter(folder, as_trained=as_trained)
-    if adapter.origin not in ("oftv2", "PEFT"):
-        adapter = located(adapter, model)
+    adapter = located(read_adapter(folder, as_trained=as_trained), model)
     if adapter.origin == "PEFT":
         refuse_partitioned(
             [(name, p) for name, p in model.named_parameters() if name in adapter.trained],
@@ -212,17 +210,13 @@ def _check_has_values(model: nn.Module, adapter: AdapterFile) -> None:
 @torch.no_grad()
 def _copy(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     """Copies the values in; what the adapter lacks gets the identity and the base model's values."""
-    with gathered(adapter_parameters(model, adapter_name), write=True):
-        _write(model, adapter, adapter_name)
-
-
-def _write(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> None:
     originals = get_state(model).originals
-    for path, layer in layers_of(model, adapter_name).items():
-        parameter = layer.generators[adapter_name]
-        parameter.copy_(adapter.generators(path)) if path in adapter.block_sizes else parameter.zero_()
-    for name, parameter in trained_parameters(model, adapter_name).items():
-        parameter.copy_(adapter.parameter(name) if name in adapter.trained else originals[name])
+    with gathered(adapter_parameters(model, adapter_name), write=True):
+        for path, layer in layers_of(model, adapter_name).items():
+            parameter = layer.generators[adapter_name]
+            parameter.copy_(adapter.generators(path)) if path in adapter.block_sizes else parameter.zero_()
+        for name, parameter in trained_parameters(model, adapter_name).items():
+            parameter.copy_(adapter.parameter(name) if name in adapter.trained else originals[name])
 
 
 def _warn_of_notes(adapter: AdapterFile, folder: str | os.PathLike[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,10 @@ def write_merged_card(folder: Path, base: Path, name: str, adapter: AdapterFile)
         adapter (AdapterFile): what was merged.
     """
     on_hub = not os.path.exists(name)
-    metadata = [
-        "library_name: transformers",
-        *([f"base_model: {name}", "base_model_relation: finetune"] if on_hub else []),
-        *_license(base / CARD_FILE),
-        "tags:",
-        *(f"- {tag}" for tag in TAGS),
-    ]
-    header = "\n".join(metadata)
+    header = _header("transformers", name if on_hub else "", "finetune", _license(base / CARD_FILE))
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{Path(name).resolve().name}`"
     full = f" {len(adapter.trained)} parameters were trained in full." if adapter.trained else ""
-    card = f"""---
-{header}
----
+    card = f"""{header}
 
 # {shown} with an OFT adapter merged into its weights
 
@@ -62,6 +54,13 @@ Rotations of {len(adapter.block_sizes)} layers, trained by orthogonal finetuning
 `from_pretrained`, and needs no other library than the base model does. It was made with `oftv2`.
 """
     write_atomically(folder / CARD_FILE, card.encode())
+
+
+def _header(library: str, base: str, relation: str, license: Sequence[str] = ()) -> str:
+    """A card's metadata; ``base`` is the base model's name on the Hub, or nothing."""
+    model = [f"base_model: {base}", f"base_model_relation: {relation}"] if base else []
+    lines = [f"library_name: {library}", *model, *license, "tags:", *(f"- {tag}" for tag in TAGS)]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _license(card: Path) -> list[str]:
@@ -89,11 +88,7 @@ def _card(manifest: dict[str, Any]) -> str:
     base, config = manifest["base"], manifest["config"]
     name = base["name_or_path"]
     on_hub = bool(name) and not os.path.exists(name)
-    metadata = [
-        f"library_name: {LIBRARY}",
-        *([f"base_model: {name}", "base_model_relation: adapter"] if on_hub else []),
-    ]
-    metadata += ["tags:", *(f"- {tag}" for tag in TAGS)]
+    header = _header(LIBRARY, name if on_hub else "", "adapter")
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"a `{base['class']}`"
     source = name if on_hub else "path/to/the/base/model"
     sizes = sorted(set(manifest["block_sizes"].values()))
@@ -104,15 +99,12 @@ def _card(manifest: dict[str, Any]) -> str:
         **{f"`{field}`": f"`{value!r}`".replace("|", "\\|") for field, value in config.items()},
     }
     table = "\n".join(f"| {field} | {value} |" for field, value in rows.items())
-    header = "\n".join(metadata)
     peft = (
         "PEFT (0.18 and up) reads it too: `PeftModel.from_pretrained(model, …)`.\n\n"
         if manifest["layout"] == "peft"
         else ""
     )
-    return f"""---
-{header}
----
+    return f"""{header}
 
 # OFT adapter
 

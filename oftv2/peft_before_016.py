@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .adapter_file import GENERATORS, PREFIX
 from .errors import AdapterError
+from .peft_config import DEFAULT_EPS
 
 _GENERATORS, _SCALES = ".oft_r", ".oft_s"
 _IGNORED = ("rank_pattern", "alpha_pattern")
-_DEFAULT_EPS = 6e-5
 _SCALED = (
     "written by PEFT 0.14 or 0.15, which scaled the outputs too: {} layers keep a scaled copy of their weight, as the "
     "adapter's own, and train it in full where the adapter trains"
@@ -72,6 +72,6 @@ def _constrained(matrices: Tensor, outputs: int, values: dict[str, Any], key: st
     if values.get("block_share"):
         raise AdapterError(f"{key}: coft and block_share together; how many blocks PEFT counted is not in the file")
     count = len(matrices)
-    limit = values.get("eps", _DEFAULT_EPS) * math.ceil(outputs / count) ** 2 / math.sqrt(count)
+    limit = values.get("eps", DEFAULT_EPS) * math.ceil(outputs / count) ** 2 / math.sqrt(count)
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     return torch.where(norms > limit, matrices * (limit / norms), matrices)

@@ -32,8 +32,8 @@ _WITHOUT_MEANING = (
     "task_type",
 )
 _SAME = ("target_modules", "exclude_modules", "modules_to_save", "bias", "block_share", "layers_pattern")
-_DEFAULT_TERMS = 5
-_DEFAULT_EPS = 6e-5
+DEFAULT_TERMS = 5
+DEFAULT_EPS = 6e-5
 _DEFAULT_BLOCK_SIZE = 32
 
 
@@ -58,11 +58,11 @@ def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
         out[ours] = (value,) if theirs == "layers_to_transform" and isinstance(value, int) else value
     if "use_cayley_neumann" in fields or "num_cayley_neumann_terms" in fields:
         _no_others(fields, ("use_cayley_neumann", "num_cayley_neumann_terms"), ("parametrization", "neumann_terms"))
-        terms = fields.get("num_cayley_neumann_terms", _DEFAULT_TERMS)
+        terms = fields.get("num_cayley_neumann_terms", DEFAULT_TERMS)
         out |= series(fields.get("use_cayley_neumann", True), terms)
     if "coft" in fields or "eps" in fields:
         _no_others(fields, ("coft", "eps"), ("constraint",))
-        out["constraint"] = fields.get("eps", _DEFAULT_EPS) if fields.get("coft", False) else None
+        out["constraint"] = fields.get("eps", DEFAULT_EPS) if fields.get("coft", False) else None
     return out
 
 
@@ -109,7 +109,7 @@ def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("target_modules") is None:
         raise ValueError('target_modules is None, which leaves the choice to PEFT: name them, or use "all-linear"')
     size = 0 if values.get("r") else _DEFAULT_BLOCK_SIZE
-    given = {"oft_block_size": size, "num_cayley_neumann_terms": _DEFAULT_TERMS, **values}
+    given = {"oft_block_size": size, "num_cayley_neumann_terms": DEFAULT_TERMS, **values}
     fields = renamed({name: value for name, value in given.items() if name in (*_SAME, *ALIASES)})
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         if isinstance(fields.get(name), (set, frozenset, list)):
@@ -128,7 +128,7 @@ def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
 def to_peft(parametrization: str, terms: int) -> dict[str, Any] | None:
     """PEFT's fields for a series or the exact transform; None where it has none."""
     if parametrization == "cayley":
-        return {"use_cayley_neumann": False, "num_cayley_neumann_terms": _DEFAULT_TERMS}
+        return {"use_cayley_neumann": False, "num_cayley_neumann_terms": DEFAULT_TERMS}
     if parametrization == "cayley_neumann" and terms >= 2:
         return {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms + 2}
     if parametrization == "neumann" and terms == 1:

@@ -19,7 +19,7 @@ from .conv import OFTConv2d
 from .experts import OFTExperts
 from .functional import effective_generators
 from .layers import OFTEmbedding, is_conv1d
-from .peft_config import to_peft
+from .peft_config import DEFAULT_EPS, to_peft
 from .peft_names import base_description, module_names, trained_tensors
 from .rotation import Rotation
 from .state import get_state, layers_of, plain_name
@@ -68,7 +68,7 @@ def peft_layout(model: nn.Module, name: str) -> PeftLayout:
         "bias": config.bias,
         "block_share": config.block_share,
         "coft": config.constraint is not None,
-        "eps": config.constraint if config.constraint is not None else 6e-5,
+        "eps": config.constraint if config.constraint is not None else DEFAULT_EPS,
         "exclude_modules": None,
         "fan_in_fan_out": False,
         "inference_mode": True,

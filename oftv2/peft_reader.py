@@ -16,7 +16,7 @@ from .adapter_file import CONFIG_FILE, GENERATORS, PREFIX, AdapterFile
 from .config import OFTConfig
 from .errors import AdapterError
 from .peft_before_016 import is_before_016, modernized
-from .peft_config import from_peft, series_before_018
+from .peft_config import DEFAULT_TERMS, from_peft, series_before_018
 from .peft_format import EMBEDDING_GENERATORS, from_layout
 
 _DROPOUT = (
@@ -91,12 +91,12 @@ def block_size_of(key: str, tensor: Tensor) -> int:
 
 def _config(values: Mapping[str, Any], path: Path, as_trained: bool) -> tuple[OFTConfig, tuple[str, ...], bool]:
     """The configuration, what to tell the user, and whether the adapter rotates anything at all."""
-    terms, neumann = values.get("num_cayley_neumann_terms", 5), values.get("use_cayley_neumann", True)
+    terms, neumann = values.get("num_cayley_neumann_terms", DEFAULT_TERMS), values.get("use_cayley_neumann", True)
     notes = []
     rotates = not neumann or (isinstance(terms, int) and terms >= 2)
     if not rotates:
         notes.append(_IDENTITY.format(terms))
-        values = {**values, "num_cayley_neumann_terms": 5}
+        values = {**values, "num_cayley_neumann_terms": DEFAULT_TERMS}
     try:
         fields = from_peft(values)
         if rotates and neumann and terms > 2 and _before_018(values.get("peft_version")):

@@ -18,8 +18,9 @@ from typing import Any
 from torch import nn
 
 from .errors import AdapterError
+from .patching import replace_once
 from .sharding import check_unsharded
-from .state import find_state, get_state, oft_layers, plain_parameter, trained_parameters
+from .state import active_parameters, find_state, get_state, oft_layers
 from .trained import base_values
 
 
@@ -42,18 +43,13 @@ class ReferenceModel(nn.Module):
         self.__dict__["policy"] = policy  # no submodule: its parameters are the policy's, its mode too
         check_unsharded(policy, "make its reference_model before")
         state = get_state(policy)
-        originals = {
-            parameter: state.originals[name]
-            for adapter in state.sequence
-            for name, parameter in trained_parameters(policy, adapter).items()
-        }
+        in_full = active_parameters(policy)
         layers = [layer for _, layer in oft_layers(policy)]
         fresh = not any(packed.any() for layer in layers for packed in layer.generators_of(layer.sequence))
-        fresh = fresh and all(value.equal(parameter.to(value)) for parameter, value in originals.items())
+        fresh = fresh and all(state.originals[name].equal(p.to(state.originals[name])) for name, p in in_full.items())
         rotations = [(layer, layer.sequence, _frozen_copy(layer.generators)) for layer in layers]
         self.__dict__["rotations"] = [] if fresh else rotations
-        names = [] if fresh else [name for adapter in state.sequence for name in state.trained[adapter]]
-        self.__dict__["in_full"] = {name: plain_parameter(policy, name).detach().clone() for name in names}
+        self.__dict__["in_full"] = {} if fresh else {name: p.detach().clone() for name, p in in_full.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The policy's own call, whatever ``forward`` a trainer puts on the view: it puts the same on the policy."""
@@ -118,37 +114,31 @@ def serve_trl() -> None:
             trainer_class = getattr(trl, name)
         except (ImportError, RuntimeError, AttributeError):  # what cannot be imported here cannot be used either
             continue
-        if not hasattr(trainer_class.__init__, "_oftv2"):
-            trainer_class.__init__ = _with_reference(trainer_class.__init__, sys.modules[trainer_class.__module__])
+        module = sys.modules[trainer_class.__module__]
+        replace_once(trainer_class, "__init__", functools.partial(_with_reference, module))
 
 
-def _with_reference(original: Any, module: Any) -> Any:
+def _with_reference(module: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """The ``__init__`` of a trainer in ``module``, giving a wrapped model a reference where the caller gives none."""
     signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N807
-        bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
-        model = given.get("model")
-        if not isinstance(model, nn.Module) or find_state(model) is None:
-            original(*args, **kwargs)
-            return
-        _check_arguments(given.get("args"), has_reference=bool(given.get("ref_model")))
-        if "ref_model" in signature.parameters:
-            given["ref_model"] = given.get("ref_model") or reference_model(model)
-            original(*bound.args, **bound.kwargs)
-            return
-        # The policy is a model already, so this is called for the reference, and only where there is to be one.
-        load = module.create_model_from_path
-        module.create_model_from_path = lambda *_, **__: reference_model(model)
-        try:
-            original(*args, **kwargs)
-        finally:
-            module.create_model_from_path = load
-
-    __init__._oftv2 = True  # type: ignore[attr-defined]
-    return __init__
+    bound = signature.bind(*args, **kwargs)
+    given = bound.arguments
+    model = given.get("model")
+    if not isinstance(model, nn.Module) or find_state(model) is None:
+        original(*args, **kwargs)
+        return
+    _check_arguments(given.get("args"), has_reference=bool(given.get("ref_model")))
+    if "ref_model" in signature.parameters:
+        given["ref_model"] = given.get("ref_model") or reference_model(model)
+        original(*bound.args, **bound.kwargs)
+        return
+    # The policy is a model already, so this is called for the reference, and only where there is to be one.
+    load = module.create_model_from_path
+    module.create_model_from_path = lambda *_, **__: reference_model(model)
+    try:
+        original(*args, **kwargs)
+    finally:
+        module.create_model_from_path = load
 
 
 def _check_arguments(args: Any, *, has_reference: bool) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,13 @@ from .trained import set_trainable, trained_keys
 CHECKPOINT_FILE = "model.safetensors"
 
 
-class WrappedPreTrainedModel:
+if TYPE_CHECKING:
+    _Mixin = nn.Module  # what it is mixed into
+else:
+    _Mixin = object
+
+
+class WrappedPreTrainedModel(_Mixin):
     """Mixed into the class of a wrapped transformers model, in front of it."""
 
     _hf_peft_config_loaded = True  # what transformers asks of a quantized model before it may be trained
@@ -61,7 +67,6 @@ class WrappedPreTrainedModel:
         """
         from .saving import places, save_adapters  # which imports wrap, which imports this
 
-        assert isinstance(self, nn.Module)
         sharded = any(is_sharded(parameter) for parameter in self.parameters())
         gathers = sharded and state_dict is None
         if not (is_main_process or gathers) or (sharded and state_dict == {}):  # gathered for the first process alone
@@ -86,12 +91,11 @@ class WrappedPreTrainedModel:
 
         All of them, or ``selected_adapters``, each where :meth:`save_pretrained` would write it.
         """
-        return push_adapters(self, repo_id, selected_adapters, **_hub_options(options))  # type: ignore[arg-type]
+        return push_adapters(self, repo_id, selected_adapters, **_hub_options(options))
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
         """What a checkpoint leaves out; ``Trainer`` would warn that these keys are missing when it resumes."""
-        assert isinstance(self, nn.Module)
         state_dict = self.state_dict()
         kept = {*trained_keys(self), *_scales(state_dict)}
         return [name for name in state_dict if name not in kept]
@@ -99,7 +103,6 @@ class WrappedPreTrainedModel:
     @property
     def peft_config(self) -> AdapterConfigs:
         """The adapters by name, as trackers such as wandb log them, and as peft asks before it adds its own."""
-        assert isinstance(self, nn.Module)
         state = get_state(self)
         return AdapterConfigs(type(self).__name__, {name: config.to_dict() for name, config in state.configs.items()})
 
@@ -107,41 +110,41 @@ class WrappedPreTrainedModel:
         """transformers' way to activate an adapter, or several: :func:`oftv2.set_adapter`."""
         from .adapters import set_adapter  # which imports wrap, which imports this
 
-        set_adapter(self, adapter_name)  # type: ignore[arg-type]
+        set_adapter(self, adapter_name)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
         """transformers' way to delete adapters: :func:`oftv2.delete_adapter`."""
         from .adapters import delete_adapter
 
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            delete_adapter(self, name)  # type: ignore[arg-type]
+            delete_adapter(self, name)
 
     def active_adapters(self) -> list[str]:
         """transformers' way to ask which are active, in their order."""
-        return list(get_state(self).sequence)  # type: ignore[arg-type]
+        return list(get_state(self).sequence)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """transformers' way to add an adapter of peft's: refused."""
         self.peft_config[adapter_name or "default"] = adapter_config
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        restore_float32(self, warn=False)  # type: ignore[arg-type]  # DeepSpeed casts, and then moves the model
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        restore_float32(self, warn=False)  # DeepSpeed casts, and then moves the model
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
-        restore_float32(self)  # type: ignore[arg-type]
+        restore_float32(self)
         serve_deepspeed()  # by the time that an engine trains this, it is imported
-        return super().train(mode)  # type: ignore[misc]
+        return super().train(mode)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As ever; but bitsandbytes saves the scales of a 4-bit weight beside it, and does not load them again.
 
         The frozen base has them already, so accelerate's saved states, which hold the whole model, fit.
         """
-        restore_float32(self)  # type: ignore[arg-type]
+        restore_float32(self)
         if scales := _scales(state_dict):
             state_dict = {key: value for key, value in state_dict.items() if key not in scales}
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def enable_input_require_grads(self) -> None:
         """Called by whoever turns gradient checkpointing on.
@@ -149,7 +152,6 @@ class WrappedPreTrainedModel:
         If nothing trains by then, everything was frozen after the model had been wrapped, which is what peft's
         ``prepare_model_for_kbit_training`` does: the adapter goes on training.
         """
-        assert isinstance(self, nn.Module)
         restore_float32(self)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             train_adapter(self)

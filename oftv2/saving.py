@@ -21,6 +21,7 @@ from .adapter_file import (
     AdapterFile,
     serialized,
     write_atomically,
+    write_json,
 )
 from .adapters import check_unmerged
 from .base import OFTLayer
@@ -193,7 +194,7 @@ def _write(
         raise AdapterError(f"{folder} is a file: give the folder that the adapter is to be saved in")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / TENSORS_FILE, data)
-    write_atomically(target / CONFIG_FILE, (json.dumps(description or manifest, indent=2) + "\n").encode())
+    write_json(target / CONFIG_FILE, description or manifest)
     write_card(target, manifest)
     return target
 

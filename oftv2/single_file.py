@@ -57,13 +57,15 @@ def read_single_file(tensors: dict[str, Tensor], metadata: dict[str, str], path:
 
 
 def located(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The same adapter under the names that its layers have in ``model``.
+    """The same adapter under the names that its layers have in ``model``; this library's and PEFT's have them already.
 
     Both programs rotate a convolution's kernels the other way round than a linear layer's weight: negated here.
 
     Raises:
         AdapterError: a layer that the model lacks, or has twice.
     """
+    if adapter.origin in ("oftv2", "PEFT"):
+        return adapter
     places: dict[str, list[str]] = {}
     for name in [*dict(model.named_modules()), *dict(oft_layers(model))]:
         for spelling in {name, name.replace(".", "_")}:

@@ -165,6 +165,13 @@ def trained_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
     return state.aside[adapter_name]
 
 
+def active_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """What active adapters train in full, by plain names; nothing of a model that is not wrapped."""
+    state = find_state(model)
+    names = [name for adapter in state.sequence for name in state.trained[adapter]] if state is not None else []
+    return {name: plain_parameter(model, name) for name in names}
+
+
 def adapter_parameters(model: nn.Module, adapter_name: str) -> list[Tensor]:
     """All that an adapter trains: its generators, and the base parameters that it trains in full."""
     generators = [layer.generators[adapter_name] for layer in layers_of(model, adapter_name).values()]

@@ -17,6 +17,7 @@ from .errors import AdapterError, TargetWarning
 from .experts import OFTExperts, holds_experts, is_experts
 from .layers import OFTEmbedding, OFTLinear, is_conv1d
 from .quant import QuantOFTLinear, find_backend
+from .rotation import Rotation
 
 _TO_BE_NAMED = (OFTEmbedding, OFTConv2d, OFTExperts)
 _WANT_NAMING = "embeddings, convolutions and experts want naming"
@@ -39,6 +40,10 @@ class Target:
     module: nn.Module
     layer_class: type[OFTLayer]
     block_size: int | None
+
+    def rotation(self, config: OFTConfig) -> Rotation:
+        """The settings of an adapter of this configuration; AdapterError where its block size does not fit."""
+        return self.layer_class.resolve(self.module, config, self.name, self.block_size)
 
 
 def layer_class_for(module: nn.Module, *, named: bool = False) -> type[OFTLayer] | None:

@@ -21,6 +21,7 @@ from .partitioned import refuse_partitioned
 from .sharding import is_distributed, is_fsdp, is_sharded, plain_path
 from .state import (
     AdapterState,
+    active_parameters,
     find_state,
     get_state,
     persistent_buffers,
@@ -166,10 +167,10 @@ def base_values(model: nn.Module, values: Mapping[str, Tensor] | None = None) ->
     Raises:
         AdapterError: FSDP has put a part of one of them in its place.
     """
-    state = find_state(model) or AdapterState({}, ())
-    values = state.originals if values is None else values
-    parameters = {name: p for adapter in state.sequence for name, p in trained_parameters(model, adapter).items()}
-    parameters = {name: parameter for name, parameter in parameters.items() if name in values}
+    if values is None:
+        state = find_state(model)
+        values = {} if state is None else state.originals
+    parameters = {name: parameter for name, parameter in active_parameters(model).items() if name in values}
     for name, parameter in parameters.items():
         if is_sharded(parameter) or parameter.shape != values[name].shape:
             raise AdapterError(
@@ -263,8 +264,4 @@ def _take_aside(
         else:
             parameter.copy_(value)
     if strict:
-        unexpected_keys += _others(state_dict, prefix + PREFIX)
-
-
-def _others(state_dict: Iterable[str], prefix: str) -> list[str]:
-    return [key for key in state_dict if key.startswith(prefix)]
+        unexpected_keys += [key for key in state_dict if key.startswith(prefix + PREFIX)]

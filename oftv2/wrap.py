@@ -21,7 +21,6 @@ from .optimizer_check import watch_optimizers
 from .partitioned import gathered
 from .pretrained import present, unpresent
 from .refused import allow_methods, refuse_methods
-from .rotation import Rotation
 from .sharding import check_unsharded
 from .state import (
     AdapterState,
@@ -132,9 +131,8 @@ def check_sizes(targets: list[Target], config: OFTConfig) -> None:
     """Raises one AdapterError that names every target whose size the block size does not divide."""
     problems = []
     for target in targets:
-        features, groups = target.layer_class.rotated_features(target.module)
         try:
-            Rotation.resolve(config, features, target.name, groups=groups, block_size=target.block_size)
+            target.rotation(config)
         except AdapterError as error:
             problems.append(str(error))
     if problems:

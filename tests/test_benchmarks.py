@@ -241,8 +241,7 @@ def test_benchmark_on_tiny_sizes() -> None:
         assert row["error"] < 1e-5
         assert row["generator_bytes"] == 8 * 2 * (32 * 31 // 2) * 4
         assert row["kept_delta_bytes"] == 8 * 2 * 32 * 32 * 4
-    how = {"device": "cpu", "dtype": "float32", "quick": True}
-    assert in_fresh_process("suite_rows:memory_growth", count=64, **how) > 2**20
+    assert in_fresh_process("suite_rows:memory_growth", count=64, told=Options(quick=True).to_json()) > 2**20
 
 
 def test_experts_beside_peft(tmp_path) -> None:

@@ -36,12 +36,16 @@ def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def run(script: str, *arguments: object, cwd: Path, status: int = 0) -> str:
-    """Runs an example to its end and returns what it printed, on both streams."""
-    process = start(script, *arguments, cwd=cwd)
+def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    """What an example printed until its end, on each stream."""
     output, errors = process.communicate(timeout=300)
     assert process.returncode == status, output + errors
-    return output + errors
+    return output, errors
+
+
+def run(script: str, *arguments: object, cwd: Path) -> str:
+    """Runs an example to its end and returns what it printed, on both streams."""
+    return "".join(finish(start(script, *arguments, cwd=cwd)))
 
 
 @pytest.fixture
@@ -72,8 +76,8 @@ def report(folder: Path) -> dict[str, Any]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions that all have the same answer: a model that learns anything learns this."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [json.dumps({"prompt": f"Is {n} a number?", "answer": "yes"}) for n in range(80)]
-    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    lines = [json.dumps({"prompt": f"Is {n} a number?", "answer": "yes"}) + "\n" for n in range(80)]
+    path.write_text("".join([*lines, "\n"]), encoding="utf-8")
     return path
 
 
@@ -101,9 +105,8 @@ def test_oft_learns_and_its_copies_agree(tmp_path: Path, tiny_model: Path, rows:
     assert figures["machine"]["cores"] >= 1
     assert "exactly right" in output
     assert (tmp_path / "result" / "report.png").read_bytes().startswith(b"\x89PNG")
-
-    base = LlamaForCausalLM.from_pretrained(tiny_model)
-    oftv2.load_adapter(base, tmp_path / "result" / "oft")  # what was saved is an ordinary adapter
+    # what was saved is an ordinary adapter
+    oftv2.load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "result" / "oft")
 
 
 def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path) -> None:
@@ -111,8 +114,7 @@ def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path) -> None:
     quick = ("finetune.py", "--quick", "--model", tiny_model)
     processes = [start(*quick, "--out", out, "--seed", seed, cwd=tmp_path) for out, seed in seeds.items()]
     for process in processes:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, output + errors
+        finish(process)
     losses = {out: report(tmp_path / out)["methods"]["oft"]["training"]["losses"] for out in seeds}
     assert losses["one"] == losses["two"] != losses["three"]
 
@@ -130,8 +132,7 @@ def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Pa
         assert figures["training"]["steps"] == 10
         assert figures["checks"]["reloaded_same_replies"] == figures["checks"]["merged_same_replies"] == 8, name
     assert runs["oft"]["training"]["tokens_by_step"] == runs["lora"]["training"]["tokens_by_step"]  # the same data
-    assert "OFT" in output
-    assert "LoRA" in output
+    assert all(name in output for name in ("OFT", "LoRA"))
     assert load_file(tmp_path / "result" / "lora" / "adapter_model.safetensors")
 
 
@@ -153,18 +154,15 @@ def test_full_finetuning_is_reloaded_exactly(tmp_path: Path, tiny_model: Path, r
 
 
 def test_ctrl_c_saves_what_there_is(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    process = start(
-        "finetune.py", "--model", tiny_model, "--data", rows, "--out", "result", "--steps", 100_000, cwd=tmp_path
-    )
-    assert process.stderr is not None
+    arguments = ("--model", tiny_model, "--data", rows, "--out", "result", "--steps", 100_000)
+    process = start("finetune.py", *arguments, cwd=tmp_path)
     progress = ""
     while "tokens/s" not in progress:  # the training has begun
         piece = process.stderr.read(1)
         assert piece, progress
         progress += piece
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, output + errors
+    output, errors = finish(process, status=130)
     assert "Interrupted after" in output
     assert "Traceback" not in errors
     oft = report(tmp_path / "result")["methods"]["oft"]
@@ -187,17 +185,7 @@ def test_ctrl_c_saves_what_there_is(tmp_path: Path, tiny_model: Path, rows: Path
         ('\ufeff{"question": "1 + 1", "answer": 2}\n', "at least two are needed"),
         ('{"question": "\udce4", "answer": 2}\n', "line 1: not in UTF-8"),
     ],
-    ids=[
-        "no-answer",
-        "no-question",
-        "not-json",
-        "not-object",
-        "null",
-        "empty",
-        "one-row",
-        "byte-order-mark",
-        "latin-1",
-    ],
+    ids=["no-answer", "no-question", "not-json", "not-object", "null", "empty", "one-row", "bom", "latin-1"],
 )
 def test_bad_rows_are_named(here: None, tmp_path: Path, text: str, message: str) -> None:
     from _data import DataError, read_jsonl, split
@@ -235,12 +223,7 @@ def test_no_question_is_on_both_sides(here: None) -> None:
     ids=["file", "task", "full-nf4", "steps", "block-size", "targets", "out", "device"],
 )
 def test_mistakes_are_told_without_a_traceback(
-    here: None,
-    capsys: pytest.CaptureFixture[str],
-    tiny_model: Path,
-    rows: Path,
-    arguments: list[str],
-    message: str,
+    here: None, capsys: pytest.CaptureFixture[str], tiny_model: Path, rows: Path, arguments: list[str], message: str
 ) -> None:
     import finetune
 
@@ -287,11 +270,10 @@ def test_default_model_is_converted_once(tmp_path: Path) -> None:
 
 
 def test_plain_loop(tmp_path: Path) -> None:
-    output = run("plain_loop.py", tmp_path / "adapter", cwd=tmp_path)
-    losses = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
+    lines = run("plain_loop.py", tmp_path / "adapter", cwd=tmp_path).splitlines()
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert losses[-1] < 0.6 * losses[0]
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert all(tensor.abs().max() > 0 for tensor in saved.values())
+    assert all(t.abs().max() > 0 for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values())
 
 
 @pytest.mark.parametrize("script", ["plain_loop.py", "sft_trl.py", "qoft_trainer.py"])

@@ -94,19 +94,20 @@ def test_opcheck():
 
 
 def test_the_form_is_chosen_by_tokens_per_output():
-    weight = nn.Parameter(torch.randn(1024, 512), requires_grad=False)
+    layer = OFTLinear(nn.Linear(512, 1024))
 
-    def form(tokens, dtype=torch.float32, bias=None):
-        return F.choose_form(torch.zeros(1, 1, dtype=dtype).expand(tokens, 512), weight.to(dtype), bias, 32)
+    def form(tokens, dtype=torch.float32):
+        return layer.to(dtype).choose_form(torch.zeros(1, 1, dtype=dtype).expand(tokens, 512))
 
     assert form(1200) == "input"
     assert form(1600) == "weight"
     assert form(1600, torch.bfloat16) == "input"
-    assert form(1600, bias=nn.Parameter(torch.zeros(1024))) == "input"  # the bias trains
     with torch.autocast("cpu", torch.bfloat16):
         assert form(1600) == "input"
-    with pytest.raises(ValueError, match='form=\'output\' is not allowed: use "input", "weight", "fused" or None'):
-        F.oft_linear(torch.randn(4, 32), torch.zeros(4, 8, 8), weight, form="output")
+    layer.bias.requires_grad_(True)
+    assert form(1600) == "input"
+    with pytest.raises(ValueError, match='form=\'output\' is not allowed: use "input", "weight" or "fused"'):
+        F.oft_linear(torch.randn(4, 32), torch.zeros(4, 8, 8), torch.randn(16, 32), form="output")
 
 
 class TestLayer:
