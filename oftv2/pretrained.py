@@ -182,7 +182,7 @@ class AdapterConfigs(dict[str, dict[str, Any]]):
         raise AdapterError(
             f"this {self._model} is wrapped by oftv2, and peft would put its adapter ({kind}) inside those layers: "
             "leave peft_config out of the trainer (or do not call get_peft_model), or call merge(model) or "
-            "unwrap_model(model) first"
+            "unwrap_model(model) first; oftv2.add_adapter(model, name) puts another of this library's beside it"
         )
 
     def update(self, configs: Any) -> None:  # type: ignore[override]
