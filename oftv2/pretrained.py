@@ -30,7 +30,7 @@ from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
 from .sharding import is_sharded, is_writer, unsharded, whole
-from .state import adapter_parameters, get_state
+from .state import adapter_parameters, get_state, plain_parameter
 from .trained import set_trainable, trained_keys
 
 CHECKPOINT_FILE = "model.safetensors"
@@ -40,6 +40,10 @@ class WrappedPreTrainedModel:
     """Mixed into the class of a wrapped transformers model, in front of it."""
 
     _hf_peft_config_loaded = True  # what transformers asks of a quantized model before it may be trained
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """``type(model)(config)`` and ``type(model).from_pretrained(…)`` make a plain model."""
+        return cls.__mro__[2](*args, **options)
 
     def save_pretrained(
         self,
@@ -123,6 +127,24 @@ class WrappedPreTrainedModel:
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """transformers' way to add an adapter of peft's: refused."""
         self.peft_config[adapter_name or "default"] = adapter_config
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+        """As ever, but refused where an adapter rotates or trains the embeddings or the head: it could not be saved.
+
+        Raises:
+            AdapterError: one does, and the number is another.
+        """
+        model: Any = self
+        trained = {id(plain_parameter(model, name)) for name in get_state(model).originals}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = getattr(getattr(module, "base_layer", module), "weight", None)
+            held = hasattr(module, "base_layer") or id(weight) in trained
+            if held and (args or options or new_num_tokens not in (None, len(weight))):
+                raise AdapterError(
+                    f"an adapter rotates or trains this {type(module).__name__} of {len(weight)} rows: call "
+                    "resize_token_embeddings before wrap_model"
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **options)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         restore_float32(self, warn=False)  # type: ignore[arg-type]  # DeepSpeed casts, and then moves the model
