@@ -137,7 +137,7 @@ class WrappedPreTrainedModel:
         model: Any = self
         trained = {id(plain_parameter(model, name)) for name in get_state(model).originals}
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            weight = getattr(getattr(module, "base_layer", module), "weight", None)
+            weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
             held = hasattr(module, "base_layer") or id(weight) in trained
             if held and (args or options or new_num_tokens not in (None, len(weight))):
                 raise AdapterError(
