@@ -52,6 +52,8 @@ def test_resized_embeddings(base, tmp_path):
         warnings.simplefilter("error")
         save_adapter(model, tmp_path)
         assert torch.equal(load_adapter(base(264), tmp_path)(IDS).logits, model.eval()(IDS).logits)
+        with pytest.raises(AdapterError, match=r"lm_head.weight: shape \(264, 64\) .*resize_token_embeddings\(264\)"):
+            load_adapter(base(), tmp_path)
         model.config._name_or_path = "no such folder"
         save_adapter(model, tmp_path)
 
