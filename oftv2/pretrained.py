@@ -128,7 +128,9 @@ class WrappedPreTrainedModel:
         """transformers' way to add an adapter of peft's: refused."""
         self.peft_config[adapter_name or "default"] = adapter_config
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **options: Any
+    ) -> Any:
         """As ever, but refused where an adapter rotates or trains the embeddings or the head: it could not be saved.
 
         Raises:
@@ -138,12 +140,16 @@ class WrappedPreTrainedModel:
         trained = {id(plain_parameter(model, name)) for name in get_state(model).originals}
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
-            held = hasattr(module, "base_layer") or id(weight) in trained
-            if held and (args or options or new_num_tokens not in (None, len(weight))):
-                raise AdapterError(
-                    f"an adapter rotates or trains this {type(module).__name__} of {len(weight)} rows: call "
-                    "resize_token_embeddings before wrap_model"
-                )
+            if hasattr(module, "base_layer") or id(weight) in trained:
+                multiple = pad_to_multiple_of or 1
+                rows = -(-(new_num_tokens or len(weight)) // multiple) * multiple
+                if rows != len(weight):
+                    raise AdapterError(
+                        f"an adapter rotates or trains this {type(module).__name__} of {len(weight)} rows: call "
+                        f"resize_token_embeddings({rows}) before wrap_model"
+                    )
+        if pad_to_multiple_of is not None or args:  # some models take the number alone
+            args = (pad_to_multiple_of, *args)
         return super().resize_token_embeddings(new_num_tokens, *args, **options)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
