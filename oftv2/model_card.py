@@ -97,8 +97,8 @@ def _card(manifest: dict[str, Any]) -> str:
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"a `{base['class']}`"
     source = name if on_hub else "path/to/the/base/model"
     causal = base["class"].endswith(("ForCausalLM", "LMHeadModel"))
-    imported = "\nfrom transformers import AutoModelForCausalLM" if causal else ""
     cls = "AutoModelForCausalLM" if causal else base["class"]
+    imported = f"\nfrom transformers import {cls}" if causal or (name and "For" in cls) else ""
     loaded = f'{cls}.from_pretrained("{source}")  # or quantized' if causal or name else "…  # the base model"
     sizes = sorted(set(manifest["block_sizes"].values()))
     rows = {

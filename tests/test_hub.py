@@ -116,7 +116,7 @@ def test_a_model_of_another_task_is_loaded_by_its_own_class(base_folder, tmp_pat
     save_adapter(model, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert 'model = LlamaForSequenceClassification.from_pretrained("path/to/the/base/model")  # or quantized' in text
-    assert "AutoModelForCausalLM" not in text
+    assert "from transformers import LlamaForSequenceClassification\n" in text
     loaded = AutoPeftModel.from_pretrained(tmp_path, num_labels=3)
     torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits)
 
