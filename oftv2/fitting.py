@@ -67,7 +67,7 @@ def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str, *
         problems.append("the model's adapter is merged: call unmerge first")
     if not all(layer.enabled for layer in layers.values()):
         problems.append("the model's adapter is disabled: leave disable_adapter first")
-    for name in set(layers) & set(adapter.block_sizes):
+    for name in (name for name in layers if name in adapter.block_sizes):
         here = layers[name].rotations[adapter_name]
         features, groups = layers[name].rotated_features(layers[name].base_layer)
         try:
