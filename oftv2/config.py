@@ -136,7 +136,8 @@ class OFTConfig:
                 if name == "exclude_modules" or value != ALL_LINEAR:
                     self._check_regex(name, value)
             else:
-                self._freeze(name, value, _is_name, "a regular expression or a list of module names")
+                every = f"{ALL_LINEAR!r}, " if name == "target_modules" else ""
+                self._freeze(name, value, _is_name, f"{every}a regular expression or a list of module names")
         if self.target_modules == ():
             self._fail("target_modules", f"{ALL_LINEAR!r}, a regular expression, or at least one module name")
         if self.modules_to_save is not None:
@@ -182,14 +183,14 @@ class OFTConfig:
         return cls(**values)
 
     @classmethod
-    def from_peft(cls, values: Mapping[str, Any]) -> OFTConfig:
-        """The configuration that does what one of PEFT's does: its dictionary (``peft.OFTConfig(…).to_dict()``, or what
-        ``adapter_config.json`` holds).
+    def from_peft(cls, values: Any) -> OFTConfig:
+        """The configuration that does what one of PEFT's does: a ``peft.OFTConfig``, its dictionary, or what
+        ``adapter_config.json`` holds.
 
         Raises:
             ConfigError: another kind of adapter, fields that this library does not know, values that it does not take.
         """
-        return cls(**_translated(peft_config.from_peft, values))
+        return cls(**_translated(peft_config.from_peft, values.to_dict() if hasattr(values, "to_dict") else values))
 
     @staticmethod
     def with_own_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +224,11 @@ class OFTConfig:
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(OFTConfig)]
     unknown = sorted(set(values) - set(known))
+    if useless := [name for name in unknown if name in peft_config.WITHOUT_MEANING]:
+        raise ConfigError(
+            f"OFTConfig has no field {', '.join(map(repr, useless))} of PEFT's, which would change nothing here: "
+            "leave it out; OFTConfig.from_peft takes a whole configuration of PEFT's"
+        )
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=2)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."

@@ -22,7 +22,7 @@ class OptimizerWarning(UserWarning):
 
 
 class TargetWarning(UserWarning):
-    """What an adapter leaves out, though it matters: experts of mixtures, running statistics, layers that are read."""
+    """What an adapter leaves out, though it matters: experts, running statistics, weights read or trained past it."""
 
 
 class PeftFormatWarning(UserWarning):

@@ -68,7 +68,7 @@ def compare_wrapped(model: nn.Module, adapter: AdapterFile, adapter_name: str, *
         problems.append("the model's adapter is merged: call unmerge first")
     if not all(layer.enabled for layer in layers.values()):
         problems.append("the model's adapter is disabled: leave disable_adapter first")
-    for name in set(layers) & set(adapter.block_sizes):
+    for name in (name for name in layers if name in adapter.block_sizes):
         layer = layers[name]
         here = layer.rotations[adapter_name]
         try:
@@ -125,7 +125,9 @@ def check_trained(
             continue
         here, tensor = tuple(full_shape(parameter)), adapter.tensors.get(PREFIX + name)
         if tensor is not None and tuple(tensor.shape) != here:
-            problems.append(f"{name}: shape {tuple(tensor.shape)} in the file, {here} here")
+            rows = f"resize_token_embeddings({len(tensor)}) or num_labels={len(tensor)}"
+            hint = f" (as trained, it had {rows})" if tensor.dim() == 2 and tensor.shape[1:] == here[1:] else ""
+            problems.append(f"{name}: shape {tuple(tensor.shape)} in the file, {here} here{hint}")
         if tensor is not None and tensor.is_floating_point() != parameter.is_floating_point():
             problems.append(f"{name}: {tensor.dtype} in the file, {parameter.dtype} here")
     return problems + _check_tied(model, adapter)

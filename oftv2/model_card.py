@@ -91,6 +91,10 @@ def _card(manifest: dict[str, Any]) -> str:
     header = _header(LIBRARY, name if on_hub else "", "adapter")
     shown = f"[{name}](https://huggingface.co/{name})" if on_hub else f"a `{base['class']}`"
     source = name if on_hub else "path/to/the/base/model"
+    causal = base["class"].endswith(("ForCausalLM", "LMHeadModel"))
+    cls = "AutoModelForCausalLM" if causal else base["class"]
+    imported = f"\nfrom transformers import {cls}" if causal or (name and "For" in cls) else ""
+    loaded = f'{cls}.from_pretrained("{source}")  # or quantized' if causal or name else "…  # the base model"
     sizes = sorted(set(manifest["block_sizes"].values()))
     rows = {
         "adapted layers": len(manifest["block_sizes"]),
@@ -115,10 +119,9 @@ trainable rotation in front of frozen linear layers. It was made with `oftv2`.
 
 ```python
 import oftv2
-from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM
+from huggingface_hub import snapshot_download{imported}
 
-model = AutoModelForCausalLM.from_pretrained("{source}")  # or quantized
+model = {loaded}
 oftv2.load_adapter(model, snapshot_download("user/name-of-this-repository"))  # or a local folder
 oftv2.merge(model)  # optional: a plain model again, without any overhead
 ```

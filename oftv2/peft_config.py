@@ -20,7 +20,7 @@ _RENAMED = {
 _CONVERTED = ("use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps")
 ALIASES = (*_RENAMED, *_CONVERTED)
 # Fields of PEFT's that say nothing about the adapter's function, or nothing that would hold here.
-_WITHOUT_MEANING = (
+WITHOUT_MEANING = (
     "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
@@ -32,6 +32,7 @@ _WITHOUT_MEANING = (
     "task_type",
 )
 _SAME = ("target_modules", "exclude_modules", "modules_to_save", "bias", "block_share", "layers_pattern")
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains in full without being asked
 DEFAULT_TERMS = 5
 DEFAULT_EPS = 6e-5
 _DEFAULT_BLOCK_SIZE = 32
@@ -99,10 +100,10 @@ def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: not an OFT configuration, no modules named, or a field that is unknown and set.
     """
-    kind = values.get("peft_type", "OFT")
-    if str(getattr(kind, "value", kind)) != "OFT":
+    kind, task = (getattr(values.get(name), "value", values.get(name)) for name in ("peft_type", "task_type"))
+    if kind not in (None, "OFT"):
         raise ValueError(f"peft_type={kind!r} is another kind of adapter; this library takes OFT")
-    known = {*_WITHOUT_MEANING, *_SAME, *ALIASES, "init_weights"}
+    known = {*WITHOUT_MEANING, *_SAME, *ALIASES, "init_weights"}
     unknown = [name for name, value in values.items() if name not in known and value not in (None, False, [], {}, "")]
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: not known of PEFT's OFT; a newer PEFT than this library knows")
@@ -116,7 +117,7 @@ def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = tuple(sorted(fields[name]))
     if isinstance(fields["target_modules"], str) and fields["target_modules"].lower() == "all-linear":
         fields["target_modules"] = "all-linear"
-    fields["modules_to_save"] = fields.get("modules_to_save") or ()
+    fields["modules_to_save"] = fields.get("modules_to_save") or (None if task in _WITH_HEADS else ())
     if not fields.get("layers"):
         fields.pop("layers", None)
         fields.pop("layers_pattern", None)

@@ -64,7 +64,6 @@ def peft_layout(model: nn.Module, name: str) -> PeftLayout:
     targets, saved, wrong = module_names(model, name)
     problems += wrong
     description = {
-        "auto_mapping": None,
         "bias": config.bias,
         "block_share": config.block_share,
         "coft": config.constraint is not None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import Tensor, nn
 
 from .adapter_file import PREFIX
 from .config import OFTConfig
-from .sharding import plain_path
+from .sharding import class_name, plain_path
 from .state import get_state, layers_of, plain_view, trained_parameters
 from .targets import saved_modules
 
@@ -40,11 +41,15 @@ def trained_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def base_description(model: nn.Module) -> dict[str, str | None]:
-    """What PEFT notes of the base model."""
+def base_description(model: nn.Module) -> dict[str, Any]:
+    """What PEFT notes of the base model; by its class, where there is no task, ``AutoPeftModel`` loads it."""
+    name = class_name(model)
+    causal = name.endswith("ForCausalLM")
+    library = next(cls.__module__ for cls in type(model).__mro__ if cls.__name__ == name)
     return {
+        "auto_mapping": None if causal else {"base_model_class": name, "parent_library": library},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "task_type": "CAUSAL_LM" if causal else None,
     }
 
 

@@ -30,7 +30,7 @@ from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
 from .sharding import is_sharded, is_writer, unsharded, whole
-from .state import adapter_parameters, get_state
+from .state import adapter_parameters, get_state, plain_parameter
 from .trained import set_trainable, trained_keys
 
 CHECKPOINT_FILE = "model.safetensors"
@@ -46,6 +46,10 @@ class WrappedPreTrainedModel(_Mixin):
     """Mixed into the class of a wrapped transformers model, in front of it."""
 
     _hf_peft_config_loaded = True  # what transformers asks of a quantized model before it may be trained
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """``type(model)(config)`` and ``type(model).from_pretrained(…)`` make a plain model."""
+        return cls.__mro__[2](*args, **options)
 
     def save_pretrained(
         self,
@@ -127,6 +131,30 @@ class WrappedPreTrainedModel(_Mixin):
         """transformers' way to add an adapter of peft's: refused."""
         self.peft_config[adapter_name or "default"] = adapter_config
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **options: Any
+    ) -> Any:
+        """As ever, but refused where an adapter rotates or trains the embeddings or the head: it could not be saved.
+
+        Raises:
+            AdapterError: one does, and the number is another.
+        """
+        model: Any = self
+        trained = {id(plain_parameter(model, name)) for name in get_state(model).originals}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
+            if hasattr(module, "base_layer") or id(weight) in trained:
+                multiple = pad_to_multiple_of or 1
+                rows = -(-(new_num_tokens or len(weight)) // multiple) * multiple
+                if rows != len(weight):
+                    raise AdapterError(
+                        f"an adapter rotates or trains this {type(module).__name__} of {len(weight)} rows: call "
+                        f"resize_token_embeddings({rows}) before wrap_model"
+                    )
+        if pad_to_multiple_of is not None or args:  # some models take the number alone
+            args = (pad_to_multiple_of, *args)
+        return super().resize_token_embeddings(new_num_tokens, *args, **options)  # type: ignore[misc]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         restore_float32(self, warn=False)  # DeepSpeed casts, and then moves the model
         return super()._apply(fn, recurse)
@@ -184,7 +212,7 @@ class AdapterConfigs(dict[str, dict[str, Any]]):
         raise AdapterError(
             f"this {self._model} is wrapped by oftv2, and peft would put its adapter ({kind}) inside those layers: "
             "leave peft_config out of the trainer (or do not call get_peft_model), or call merge(model) or "
-            "unwrap_model(model) first"
+            "unwrap_model(model) first; oftv2.add_adapter(model, name) puts another of this library's beside it"
         )
 
     def update(self, configs: Any) -> None:  # type: ignore[override]

@@ -19,6 +19,9 @@ from .pretrained import WrappedPreTrainedModel, is_pretrained
 _REASONS = {
     "save_pretrained": "it would write adapted layers under names that from_pretrained does not look for, and the "
     "weights would be lost: call oftv2.save_adapter(model, folder), or oftv2.merge(model) first",
+    "disable_adapters": "it switches off peft's layers alone: use `with oftv2.disable_adapter(model):`",
+    "load_adapter": "it would put peft's layers inside the adapted ones: call oftv2.load_adapter(model, folder, "
+    "adapter_name=…) for another adapter beside this one",
     "fuse_qkv_projections": "it would join the weights without their rotations: call oftv2.merge(model) first",
 }
 
@@ -42,14 +45,14 @@ class Refusal:
 
 def refuse_methods(model: nn.Module) -> None:
     """Puts the refusals on a wrapped model and on what is in it; one of transformers' has its own way to save."""
-    instead = _instead(model)
+    reasons = {**_REASONS, "save_pretrained": _REASONS["save_pretrained"] + _instead(model)}
     for module in model.modules():
-        names = [name for name in _REASONS if callable(getattr(type(module), name, None))]
-        own_way = isinstance(module, WrappedPreTrainedModel)
-        if own_way or not names or not any(isinstance(inner, OFTLayer) for inner in module.modules()):
+        own = ("save_pretrained",) if isinstance(module, WrappedPreTrainedModel) else ()
+        names = [name for name in reasons if name not in own and callable(getattr(type(module), name, None))]
+        if not names or not any(isinstance(inner, OFTLayer) for inner in module.modules()):
             continue
         for name in names:
-            vars(module)[name] = Refusal(f"{name} of this {type(module).__name__}", _REASONS[name] + instead)
+            vars(module)[name] = Refusal(f"{name} of this {type(module).__name__}", reasons[name])
 
 
 def allow_methods(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ from .peft_format import peft_layout
 from .sharding import is_sharded, is_writer, unsharded, warning_of_waits, whole_generators
 from .state import adapter_parameters, check_known, get_state, layers_of, trained_parameters
 from .trained import base_values
+from .unsaved import warn_of_unsaved
 
 
 def save_adapter(
@@ -79,6 +80,7 @@ def save_adapter(
     name = adapter_name or state.active
     check_known(model, [name])
     check_unmerged(model)
+    warn_of_unsaved(model)
     layers, parameters = layers_of(model, name), adapter_parameters(model, name)
     collective = any(is_sharded(parameter) or is_partitioned(parameter) for parameter in parameters)
     if not collective:

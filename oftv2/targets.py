@@ -91,7 +91,7 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
         layer_class = layer_class_for(module, named=True)
         if layer_class is None:
             raise AdapterError(
-                f"{name} is a {type(module).__name__}, which cannot be adapted; target nn.Linear, Conv1D, "
+                f"{name} is a {type(module).__name__}, which cannot be adapted; target nn.Linear, GPT-2's Conv1D, "
                 "nn.Embedding, nn.Conv2d, quantized linear modules or transformers' experts"
             )
         if _is_read(name, modules):
@@ -248,7 +248,8 @@ def _in_layers(names: list[str], layers: tuple[int, ...], lists: tuple[str, ...]
     number = {name: match and int(match[1]) for name in names for match in [re.search(rf"{within}(\d+)(?:\.|$)", name)]}
     missing = sorted(set(layers) - {value for value in number.values() if value is not None})
     if missing:
-        raise AdapterError(f"layers: no target module lies in layer {', '.join(map(str, missing))}")
+        of = f" of layers_pattern={list(lists)!r}" if lists else ""
+        raise AdapterError(f"layers: no target module lies in layer {', '.join(map(str, missing))}{of}")
     return [name for name in names if number[name] in layers]
 
 

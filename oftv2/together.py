@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._eager import Transform
 from .base import OFTLayer
 from .checkpointing import in_checkpoint
+from .errors import AdapterError
 from .functional import can_be_direct
 from .optimizer_check import check_exchanged
 from .rotation import KeptRotation
@@ -29,7 +30,7 @@ _SERVED: WeakKeyDictionary[nn.Module, Sequence[OFTLayer]] = WeakKeyDictionary() 
 
 def add_pass_hooks(model: nn.Module) -> None:
     """Registers the hooks on ``model``."""
-    model.register_forward_pre_hook(hand_out)
+    model.register_forward_pre_hook(hand_out, with_kwargs=True)
     model.register_forward_hook(take_back, always_call=True)
 
 
@@ -38,14 +39,23 @@ def remove_pass_hooks(model: nn.Module) -> None:
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (hand_out, take_back)]:
             del hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
 
 
-def hand_out(model: nn.Module, args: Any) -> None:
+def hand_out(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook: makes the Δ of this pass and hands them to the layers.
 
     Processes that share the work exchange each layer's gradients while the next are computed; there each makes its own.
+
+    Raises:
+        AdapterError: ``adapter_names``, which goes by rows in PEFT, and which transformers' models take and ignore.
     """
+    if "adapter_names" in kwargs:
+        raise AdapterError(
+            "adapter_names, as PEFT's models take it, would be ignored: use `with oftv2.adapters_per_row(model, …):` "
+            "around the call, with None for the base model"
+        )
     take_back(model)  # what is left of a pass that a KeyboardInterrupt ended
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_checkpoint():
         return

@@ -165,7 +165,7 @@ def base_values(model: nn.Module, values: Mapping[str, Tensor] | None = None) ->
         values (Mapping[str, torch.Tensor] | None): other values for them, by name.
 
     Raises:
-        AdapterError: FSDP has put a part of one of them in its place.
+        AdapterError: FSDP has put a part of one of them in its place, or somebody a larger one.
     """
     if values is None:
         state = find_state(model)
@@ -174,8 +174,8 @@ def base_values(model: nn.Module, values: Mapping[str, Tensor] | None = None) ->
     for name, parameter in parameters.items():
         if is_sharded(parameter) or parameter.shape != values[name].shape:
             raise AdapterError(
-                f"{name} is trained in full and sharded (FSDP), so the base model's value cannot take its place: use "
-                "DDP, or leave out modules_to_save and bias"
+                f"{name} is trained in full and sharded (FSDP), or was resized, so the base model's value cannot take "
+                "its place: use DDP and resize before wrapping, or leave out modules_to_save and bias"
             )
     trained = {name: parameter.data for name, parameter in parameters.items()}
     try:

@@ -116,8 +116,8 @@ def merged_config(config: OFTConfig | None, fields: dict[str, Any]) -> OFTConfig
     """The configuration with ``fields``, under this library's names or PEFT's, in place of its own."""
     if config is not None and not isinstance(config, OFTConfig):
         raise AdapterError(
-            f"config must be an oftv2.OFTConfig, and this is a {type(config).__name__}; options go by their names, as "
-            "in wrap_model(model, block_size=32), and OFTConfig.from_peft(config.to_dict()) makes one of PEFT's"
+            f"config must be an oftv2.OFTConfig, and this is of {type(config)}; options go by their names, as in "
+            "wrap_model(model, block_size=32), and oftv2.OFTConfig.from_peft(config) makes one of PEFT's"
         )
     fields = OFTConfig.with_own_names(fields)
     if config is None:

@@ -13,7 +13,7 @@ import transformers
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -105,8 +105,20 @@ def test_a_base_that_is_a_folder_here_is_not_named_as_one_of_the_hub(tiny_llama,
     assert str(tmp_path) not in text
     _, text = parts(save_adapter(wrap_model(nn.Sequential(nn.Linear(64, 4))), tmp_path / "plain") / "README.md")
     assert "`Sequential`" in text
+    assert "model = …  # the base model\n" in text
     folder = save_adapter(wrapped(tiny_llama), tmp_path / "own", format="oftv2")
     assert "PeftModel" not in (folder / "README.md").read_text()
+
+
+def test_a_model_of_another_task_is_loaded_by_its_own_class(base_folder, tmp_path):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=3)
+    randomize(wrap_model(model, block_size=16))
+    save_adapter(model, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert 'model = LlamaForSequenceClassification.from_pretrained("path/to/the/base/model")  # or quantized' in text
+    assert "from transformers import LlamaForSequenceClassification\n" in text
+    loaded = AutoPeftModel.from_pretrained(tmp_path, num_labels=3)
+    torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
 def test_a_card_is_renewed_until_somebody_edits_it(tiny_llama, tmp_path):

@@ -41,7 +41,20 @@ def test_pefts_configuration_becomes_this_librarys():
         constraint=0.1,
         modules_to_save=(),
     )
+    assert OFTConfig.from_peft(theirs) == OFTConfig.from_peft(theirs.to_dict())
     assert OFTConfig.from_peft({"target_modules": "all-linear"}) == OFTConfig(neumann_terms=3, modules_to_save=())
+
+
+@pytest.mark.parametrize(("task", "heads"), [("SEQ_CLS", None), ("QUESTION_ANS", None), ("CAUSAL_LM", ())])
+def test_heads_that_peft_trains_for_a_task_train(task, heads):
+    assert OFTConfig.from_peft(peft.OFTConfig(target_modules=["q"], task_type=task)).modules_to_save == heads
+    named = peft.OFTConfig(target_modules=["q"], task_type=task, modules_to_save=["score"])
+    assert OFTConfig.from_peft(named).modules_to_save == ("score",)
+
+
+def test_fields_that_say_nothing_here_are_to_be_left_out():
+    with pytest.raises(ConfigError, match=r"'inference_mode', 'task_type' of PEFT's, .*leave it out.*from_peft takes"):
+        wrap_model(linear(), task_type="CAUSAL_LM", inference_mode=False)
 
 
 SAME = {

@@ -80,3 +80,12 @@ def test_an_adapter_that_comes_later_and_the_inner_model_of_a_transformers_model
     classifier.save_pretrained(tmp_path / "whole")
     with pytest.raises(AdapterError, match=r"of this BertModel is refused .* oftv2.merge\(model\) first$"):
         classifier.bert.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["disable_adapters", "load_adapter"])
+def test_what_transformers_has_for_pefts_layers_is_refused(method):
+    model = oftv2.wrap_model(bert(), block_size=4)
+    for part in (model, model.bert):
+        with pytest.raises(AdapterError, match=rf"^{method} of this Bert\w+ is refused .*oftv2\.\w+_adapter\(model"):
+            getattr(part, method)("folder")
+    assert method not in vars(oftv2.unwrap_model(model))

@@ -47,6 +47,13 @@ class TestRefused:
             pass
         assert model.model.layers[0].self_attn.q_proj.rows is None
 
+    def test_pefts_argument_which_models_take_and_ignore(self, tiny_llama):
+        model = wrapped(tiny_llama())
+        tokens = torch.arange(8).view(2, 4)
+        with pytest.raises(AdapterError, match=r"adapter_names, .* would be ignored: .* oftv2.adapters_per_row"):
+            model(tokens, adapter_names=["math", "__base__"])
+        oftv2.unwrap_model(model)(tokens, adapter_names=["math", "__base__"])
+
     def test_requests_that_are_packed(self, tiny_llama):
         model = wrapped(tiny_llama())
         with adapters_per_row(model, ["math"]), pytest.raises(AdapterError, match="lays out all requests in one row"):

@@ -37,6 +37,7 @@ REFUSED = {
     "saved-typo": ({"modules_to_save": ("lm_hed",)}, r"modules_to_save: 'lm_hed' .*'lm_head'"),
     "pattern-typo": ({"block_size_pattern": {"q_prj": 8}}, r"block_size_pattern: 'q_prj' .*'q_proj'"),
     "layer": ({"layers": (0, 7, 9)}, r"layers: .* layer 7, 9"),
+    "list-of-layers": ({"layers": (0,), "layers_pattern": ("h",)}, r"layers: .* layer 0 of layers_pattern=\['h'\]"),
     "container": ({"target_modules": ("mlp",)}, r"model\.layers\.0\.mlp is a LlamaMLP, which cannot be adapted.*nn\.L"),
     "norm": ({"target_modules": ("norm",)}, r"model\.norm is a LlamaRMSNorm, which cannot be adapted"),
     "sizes": ({"block_size": 32}, r"0\.mlp\.down_proj: block_size=32 does not divide its 176 .* 22 and 44\b.*adjust"),

@@ -56,3 +56,10 @@ def test_print_trainable_parameters_uses_the_known_words(tiny_llama, capsys):
     total = base + trains
     expected = f"trainable params: {trains:,} || all params: {total:,} || trainable%: {100 * trains / total:.4f}\n"
     assert capsys.readouterr().out == expected
+
+
+def test_the_class_of_a_wrapped_model_makes_plain_models(tiny_llama, base_folder):
+    wrapped = wrap_model(tiny_llama(), block_size=16)
+    for model in (type(wrapped)(wrapped.config), type(wrapped).from_pretrained(base_folder)):
+        assert type(model) is type(tiny_llama())
+        model.train()(torch.zeros(1, 2, dtype=torch.long))
