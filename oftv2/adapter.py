@@ -234,7 +234,16 @@ def _check_untying(model: nn.Module, tied_layers: list[str]) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    """Says in a transformers configuration that weights are no longer tied, so that saving keeps both."""
+    """Says in a transformers configuration that weights are no longer tied, so that saving keeps both.
+
+    Of a model that is loaded so, no biases are tied either (BERT's decoder and its ``predictions``).
+    """
+    seen: set[int] = set()
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None and id(bias) in seen:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        seen.add(id(bias))
     top: Any = model.config
     nested: Any = getattr(top, "text_config", None)
     for config in (top, nested):

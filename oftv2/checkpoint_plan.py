@@ -99,7 +99,10 @@ def make_plan(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype | None,
     notes = [*adapter.notes, *_quantized_notes(base, adapter, dtype)]
     changes = Changes(dtype)
     if draft.apart:
-        refuse(title, _still_tied(cls, config, draft.apart))
+        separate = _untied(cls, config)
+        refuse(title, _still_tied(cls, config, draft.apart, separate))
+        draft.store_apart(separate)
+        refuse(title, draft.problems)
         changes = dataclasses.replace(changes, untied=True)
         notes.append(
             f"{', '.join(sorted(draft.apart))} were tied and are two tensors now: tie_word_embeddings is false"
@@ -149,7 +152,8 @@ class _Draft:
         for name, buffer in persistent_buffers(model).items():
             if buffer.is_floating_point():  # a count of batches stays that of the base
                 shared.setdefault(id(buffer), []).append(name)
-        for group in shared.values():
+        self._groups = list(shared.values())
+        for group in self._groups:
             self._add(group)
 
     def _add(self, group: list[str]) -> None:
@@ -180,6 +184,17 @@ class _Draft:
         self.apart += group
         for name in group:
             self._put(self.names.keys.get(name, name), source, trained[name], targets[name])
+
+    def store_apart(self, separate: dict[str, nn.Parameter]) -> None:
+        """Gives all else that is one parameter in the model, and several in ``separate``, a tensor under each name."""
+        for group in self._groups:
+            source = next((self.names.keys[name] for name in group if name in self.names.keys), None)
+            if source is None or len({id(separate.get(name)) for name in group}) == 1:
+                continue
+            same = self.pieces.get(source, Piece(source, None, None, self.base.entry(source)))
+            for name in group:
+                if name not in self.names.keys and name not in self.pieces:
+                    self._put(name, source, same.trained, same.target)
 
     def _put(self, key: str, source: str | None, trained: str | None, target: Target | None) -> None:
         if key not in self.base.where and key not in self.names.loads_as_named:
@@ -256,13 +271,17 @@ def _quantized_notes(base: Checkpoint, adapter: AdapterFile, dtype: torch.dtype 
     ]
 
 
-def _still_tied(cls: Any, config: Any, apart: list[str]) -> list[str]:
-    """What keeps weights together, though the adapter makes them different."""
+def _untied(cls: Any, config: Any) -> dict[str, nn.Parameter]:
+    """The parameters of the model by each of their names, where the configuration says that none are tied."""
     untied = copy.deepcopy(config)
     untied.get_text_config().tie_word_embeddings = untied.tie_word_embeddings = False
-    parameters = dict(empty_model(cls, untied).named_parameters(remove_duplicate=False))
-    separate = len({id(parameters[name]) for name in apart}) == len(apart)
-    if separate and not config.is_encoder_decoder:  # T5 and its kin scale their outputs by tie_word_embeddings
+    return dict(empty_model(cls, untied).named_parameters(remove_duplicate=False))
+
+
+def _still_tied(cls: Any, config: Any, apart: list[str], separate: dict[str, nn.Parameter]) -> list[str]:
+    """What keeps weights together, though the adapter makes them different."""
+    all_apart = len({id(separate[name]) for name in apart}) == len(apart)
+    if all_apart and not config.is_encoder_decoder:  # T5 and its kin scale their outputs by tie_word_embeddings
         return []
     return [
         f"{', '.join(apart)} are one tensor in this {cls.__name__}, and the adapter changes some of them alone: such a "

@@ -238,8 +238,10 @@ def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
+def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
+    for tensor in output if isinstance(output, tuple) else (output,):  # Swin's embeddings return sizes beside it
+        if isinstance(tensor, Tensor):
+            tensor.requires_grad_(True)
 
 
 def present(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from .layers import OFTEmbedding, OFTLinear, is_conv1d
 from .quant import QuantOFTLinear, find_backend
 from .rotation import Rotation
 
+_READERS = ("WavLMAttention", "LongcatFlashTopkRouter", "LSHSelfAttention")  # Reformer's reads where it generates
 _TO_BE_NAMED = (OFTEmbedding, OFTConv2d, OFTExperts)
 _WANT_NAMING = "embeddings, convolutions and experts want naming"
 
@@ -85,7 +86,7 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
     targets, seen = [], set()
     for name in chosen:
         module = modules[name]
-        if id(module) in seen or any(name == top or name.startswith(top + ".") for top in saved):
+        if id(module) in seen or any(f"{path}.".startswith(f"{top}.") for path in paths[id(module)] for top in saved):
             continue
         seen.add(id(module))
         layer_class = layer_class_for(module, named=True)
@@ -132,19 +133,30 @@ def all_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[int, list[
 
 
 def output_heads(model: nn.Module) -> tuple[set[str], set[str]]:
-    """Paths of the modules outside a transformers model's body: ``(language-model heads, task heads)``."""
-    embeddings = getattr(model, "get_output_embeddings", None)
-    try:
-        output = embeddings() if callable(embeddings) else None
-    except (NotImplementedError, AttributeError):  # some transformers models have the method and no such head
-        output = None
-    language = {name for name, module in model.named_modules() if module is output}
+    """Paths of the modules outside a transformers model's body: ``(language-model heads, task heads)``.
+
+    The models inside a model may have heads too (BLIP's decoder, Bark's three parts).
+    """
+    outputs = {id(_embeddings(module, "output")) for module in model.modules()}
+    language = {name for name, module in model.named_modules() if id(module) in outputs}
     body = getattr(model, "base_model", None)
     prefix = getattr(model, "base_model_prefix", "")
     if not isinstance(body, nn.Module) or body is model or not prefix:
         return language, set()
+    inputs = _embeddings(model, "input")
+    if inputs is not None and all(module is not inputs for module in body.modules()):  # DINOv3ViTModel's encoder
+        return language, set()
     outside = {name for name, _ in model.named_children() if name != prefix}
     return language, {name for name in outside if name not in language and _has_parameters(model.get_submodule(name))}
+
+
+def _embeddings(model: nn.Module, kind: str) -> nn.Module | None:
+    """A transformers model's ``"input"`` or ``"output"`` embeddings, or None."""
+    method = getattr(model, f"get_{kind}_embeddings", None)
+    try:
+        return method() if callable(method) else None
+    except (NotImplementedError, AttributeError):  # some have the method and no such module
+        return None
 
 
 def saved_modules(model: nn.Module, config: OFTConfig) -> list[str]:
@@ -178,6 +190,7 @@ def _chosen_names(model: nn.Module, config: OFTConfig, names: list[str], modules
         if layer_class_for(modules[name]) in (OFTLinear, QuantOFTLinear)
         and not _is_read(name, modules)
         and not type(modules[name]).__name__.endswith("Router")  # Llama 4's and PhiMoE's: they return tuples
+        and "Indexer" not in type(modules[name.rpartition(".")[0]]).__name__  # of sparse attention: it only selects
         and not any(name == head or name.startswith(head + ".") for head in outside)
     ]
     either = {*linear, *named}
@@ -190,7 +203,9 @@ def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     reader = type(modules[parent])
     if child == "dt_proj" and "Mamba" in reader.__name__:
         return find_backend(modules[name]) is None  # quantized ones are called
-    return issubclass(reader, nn.MultiheadAttention) or reader.__name__ == "WavLMAttention"
+    if child == "k_proj" and reader.__name__.endswith("MHAttentionMap"):  # DETR's and its kin's
+        return True
+    return issubclass(reader, nn.MultiheadAttention) or reader.__name__ in _READERS
 
 
 def _takes_all_linear(config: OFTConfig) -> bool:

@@ -48,6 +48,15 @@ def bert():
     return transformers.BertForSequenceClassification(config)
 
 
+def bert_head():
+    """Its decoder's bias is tied too, as long as the weights are."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=128, **sizes))
+    torch.nn.init.normal_(model.cls.predictions.bias)
+    return model
+
+
 TIED = {"tie_word_embeddings": True}
 
 
@@ -84,6 +93,12 @@ MODELS = {
         {"block_size": 8, "target_modules": ("wte", "c_attn"), "bias": "all"},
     ),
     "mixtral": (mixtral, torch.float32, {"block_size": 8, "target_modules": ("q_proj", "o_proj")}),
+    "bert-tied-head": (bert_head, torch.float32, {"block_size": 8, "target_modules": ("decoder",)}),
+    "bert-tied-embedding": (
+        bert_head,
+        torch.float32,
+        {"block_size": 8, "target_modules": ("word_embeddings",), "bias": "all"},
+    ),
     "bert": (bert, torch.float32, {"block_size": 8, "modules_to_save": ("classifier", "pooler")}),
 }
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import dispatch_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_close, randomize
@@ -215,6 +215,19 @@ def test_what_was_trainable_is_so_again_where_tied_weights_became_two(tiny_llama
     merge(wrap_model(model, block_size=16, target_modules=["embed_tokens"]))
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("target", ["decoder", "word_embeddings"])
+def test_a_bias_that_is_tied_with_the_weights_is_saved_too(target, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(vocab_size=32, **sizes)).eval()
+    torch.nn.init.normal_(model.cls.predictions.bias)
+    randomize(wrap_model(model, block_size=8, target_modules=[target]))
+    ids = torch.arange(4, 16)[None]
+    merge(model).save_pretrained(tmp_path)
+    again = BertForMaskedLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_a_tied_head_of_an_encoder_decoder_is_refused():

@@ -5,7 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, WavLMConfig, WavLMForCTC
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    DeepseekV32Config,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LongcatFlashConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    ReformerConfig,
+    WavLMConfig,
+    WavLMForCTC,
+)
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
+from transformers.models.detr.modeling_detr import DetrMHAttentionMap
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from conftest import adapted_paths, randomize, trainable
 from oftv2 import (
@@ -177,3 +195,56 @@ def test_layers_whose_weights_are_read_and_that_are_never_called(make, read, few
     for name in read:
         with pytest.raises(AdapterError, match=rf"{name}: (MambaMixer|WavLMAttention) reads this layer's weight"):
             wrap_model(make()[0], block_size=8, target_modules=[name])
+
+
+def names_of_leaves(model):
+    return {path.rpartition(".")[2] for path in adapted_paths(model)}
+
+
+def test_layers_of_sparse_attention_that_only_select_are_left_out():
+    sizes = {"hidden_size": 16, "q_lora_rank": 16, "index_head_dim": 8, "index_n_heads": 2, "qk_rope_head_dim": 4}
+    indexer = DeepseekV32Indexer(DeepseekV32Config(**sizes), 0)
+    model = nn.ModuleDict({"indexer": indexer, "o_proj": nn.Linear(16, 16)})
+    assert adapted_paths(wrap_model(model, block_size=8)) == {"o_proj"}
+    assert names_of_leaves(wrap_model(unwrap_model(model), block_size=8, target_modules=["wk"])) == {"wk"}
+
+
+def router():
+    config = LongcatFlashConfig(hidden_size=16, n_routed_experts=4, zero_expert_num=0, num_experts_per_tok=1)
+    return LongcatFlashTopkRouter(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "called"),
+    [
+        (router, set()),
+        (lambda: DetrMHAttentionMap(16, 2), {"q_proj"}),
+        (lambda: LSHSelfAttention(ReformerConfig(hidden_size=16, attention_head_size=8, num_attention_heads=2)), set()),
+    ],
+    ids=["longcat", "detr", "reformer"],
+)
+def test_other_layers_that_are_read(make, called):
+    model = nn.ModuleDict({"reader": make(), "other": nn.Linear(16, 16)})
+    assert names_of_leaves(wrap_model(model, block_size=8)) == {"other", *called}
+
+
+def test_the_heads_of_models_inside_a_model_are_left_frozen():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 32, "encoder_hidden_size": 16, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+    config = BlipConfig(text_config={**sizes, **text, "pad_token_id": 0}, vision_config={**sizes, "image_size": 16})
+    model = wrap_model(BlipForConditionalGeneration(config), block_size=8)
+    assert "text_decoder.cls.predictions.decoder" not in adapted_paths(model)
+    assert "text_decoder.cls.predictions.transform.dense" in adapted_paths(model)
+
+
+def test_an_encoder_behind_its_embeddings_has_no_heads():
+    """DINOv3's encoder has the name under which a model with a head has its body."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = wrap_model(DINOv3ViTModel(DINOv3ViTConfig(**sizes)), block_size=8)
+    assert all(".generators." in name for name in trainable(model))
+
+
+def test_what_is_trained_in_full_by_one_of_its_paths_is_not_rotated():
+    model = wrap_model(Shared(), block_size=8, modules_to_save=["first"], target_modules=["second", "again.0"])
+    assert adapted_paths(model) == {"block.0", "again.0"}
+    assert {"first.weight", "first.bias"} < trainable(model)
