@@ -7,9 +7,6 @@ float32, GPUs before compute capability 8.0) goes on to the operator's default i
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +18,9 @@ from oftv2._ops import check_features, check_rotation
 from oftv2._quant_ops import Weight4bit
 from oftv2._row_ops import check_rows
 from oftv2._segment_ops import check_segments, times
-from oftv2.errors import KernelWarning
 
-_OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
+from .usable import rotates, transforms, usable
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
@@ -41,59 +38,6 @@ def unregister(library: torch.library.Library, dispatch_key: str) -> None:
     library._destroy()
     for name in _IMPLEMENTATIONS:
         del getattr(ops, name).kernels[dispatch_key.lower()]
-
-
-@functools.lru_cache(maxsize=16)
-def usable(device: torch.device) -> bool:
-    """Whether the kernels run on a device: not with ``OFTV2_KERNELS=0``, and where Triton starts one."""
-    if os.environ.get("OFTV2_KERNELS") == "0" or importlib.util.find_spec("triton") is None:
-        return False
-    if device.type != "cuda":
-        return True  # the interpreter
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < _OLDEST:
-        return False
-    try:
-        from . import tiles
-
-        with torch.cuda.device(device):
-            tiles.nothing[(1,)](0)
-    except Exception as error:  # no C compiler, no Python headers, a GPU that Triton does not know: it raises anything
-        warnings.warn(
-            f"oftv2: Triton's kernels do not start on {device}, so plain torch is used there, which is slower (without "
-            f"this warning: OFTV2_KERNELS=0). {type(error).__name__}: {error}",
-            KernelWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-def rotates(x: Tensor, block_size: int, *, group: int = 1, terms: int = 0) -> bool:
-    """Whether a kernel rotates ``x``, by Δ or (with ``terms``) from packed generators."""
-    return _rotates(x.device, x.dtype, block_size, group, terms)
-
-
-@functools.lru_cache(maxsize=1024)
-def _rotates(device: torch.device, dtype: torch.dtype, block_size: int, group: int, terms: int) -> bool:
-    if not usable(device):
-        return False
-    from . import rotate
-
-    return rotate.supports(dtype, block_size, group=group, terms=terms)
-
-
-def transforms(generators: Tensor, block_size: int) -> bool:
-    """Whether a kernel makes Δ from packed generators, or inverts R."""
-    return _transforms(generators.device, generators.dtype, block_size)
-
-
-@functools.lru_cache(maxsize=1024)
-def _transforms(device: torch.device, dtype: torch.dtype, block_size: int) -> bool:
-    if not usable(device):
-        return False
-    from . import cayley
-
-    return cayley.supports(dtype, block_size)
 
 
 def _kernel(name: str, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

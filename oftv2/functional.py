@@ -12,7 +12,8 @@ from . import _cayley_ops, _fused_ops, _ops, _quant_ops, _row_ops, _weight_form 
 from ._eager import Transform
 from ._operator import ops, unobserved
 from .cost_model import FUSED, INPUT, WEIGHT
-from .kernels.register import register, rotates, usable
+from .kernels.register import register
+from .kernels.usable import rotates, usable
 from .reference import skew
 
 _CUDA_KERNELS = register()

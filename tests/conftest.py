@@ -80,7 +80,8 @@ def _without_shape(item: pytest.Item) -> tuple[str, ...]:
 )
 def device(request: pytest.FixtureRequest):
     """Where Triton kernels run here, registered for that device."""
-    from oftv2.kernels.register import register, unregister, usable
+    from oftv2.kernels.register import register, unregister
+    from oftv2.kernels.usable import usable
 
     assert usable(torch.device(request.param)), "plain torch would be compared with plain torch"
     library = register("CPU") if request.param == "cpu" else None

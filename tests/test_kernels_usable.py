@@ -11,9 +11,9 @@ import torch
 import oftv2
 from oftv2 import KernelWarning
 from oftv2 import functional as F
-from oftv2.kernels import register
+from oftv2.kernels import usable
 
-CACHES = register.usable, register._rotates, register._transforms
+CACHES = usable.usable, usable._rotates, usable._transforms
 
 
 class Kernel:
@@ -49,7 +49,7 @@ def test_a_kernel_that_starts_is_started_once(on_a_gpu):
     on_a_gpu(kernel := Kernel())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert register.usable(torch.device("cuda"))
+        assert usable.usable(torch.device("cuda"))
         assert F.runs_kernels(torch.device("cuda"))
     assert kernel.grids == [(1,)]
 
@@ -60,21 +60,21 @@ def test_one_that_does_not_is_a_warning_and_plain_torch(on_a_gpu):
         assert not F.runs_kernels(torch.device("cuda"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not register.usable(torch.device("cuda"))
+        assert not usable.usable(torch.device("cuda"))
     assert kernel.grids == [(1,)]
 
 
 def test_they_can_be_turned_off(on_a_gpu, monkeypatch):
     on_a_gpu(kernel := Kernel())
     monkeypatch.setenv("OFTV2_KERNELS", "0")
-    assert not register.usable(torch.device("cuda"))
+    assert not usable.usable(torch.device("cuda"))
     assert kernel.grids == []
 
 
 def test_older_gpus_are_not_tried(on_a_gpu, monkeypatch):
     on_a_gpu(kernel := Kernel())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not register.usable(torch.device("cuda"))
+    assert not usable.usable(torch.device("cuda"))
     assert kernel.grids == []
 
 
