@@ -184,6 +184,7 @@ def _chosen_names(model: nn.Module, config: OFTConfig, names: list[str], modules
     named = _matching(names, entries, "target_modules")
     language, heads = output_heads(model)
     outside = language | heads
+    trained = {id(parameter) for head in outside for parameter in model.get_submodule(head).parameters()}
     linear = [
         name
         for name in names
@@ -192,6 +193,7 @@ def _chosen_names(model: nn.Module, config: OFTConfig, names: list[str], modules
         and not type(modules[name]).__name__.endswith("Router")  # Llama 4's and PhiMoE's: they return tuples
         and "Indexer" not in type(modules[name.rpartition(".")[0]]).__name__  # of sparse attention: it only selects
         and not any(name == head or name.startswith(head + ".") for head in outside)
+        and id(modules[name]._parameters.get("weight")) not in trained  # tied to a head's, as RT-DETR's decoder's are
     ]
     either = {*linear, *named}
     return [name for name in names if name in either]
@@ -203,6 +205,8 @@ def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     reader = type(modules[parent])
     if child == "dt_proj" and "Mamba" in reader.__name__:
         return find_backend(modules[name]) is None  # quantized ones are called
+    if (child, reader.__name__) == ("correction_coefs", "Gemma3nTextAltUp"):  # called in eval mode alone
+        return True
     if child == "k_proj" and reader.__name__.endswith("MHAttentionMap"):  # DETR's and its kin's
         return True
     return issubclass(reader, nn.MultiheadAttention) or reader.__name__ in _READERS

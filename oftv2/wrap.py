@@ -278,8 +278,13 @@ def _value(parameter: Tensor) -> Tensor:
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    old = parent._modules.get(child)
+    setattr(parent, child, module)
+    for held in vars(parent).values():
+        if isinstance(held, list):  # Mask2Former's heads go through their layers by a list of their own
+            held[:] = [module if item is old else item for item in held]
 
 
 def _leave_fast_path(model: nn.Module, path: str, layer: OFTLayer) -> None:

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import SwinConfig, SwinForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from oftv2 import AdapterError, add_adapter, load_adapter, save_adapter, save_adapters_only, wrap_model
 from trainer_runs import load
@@ -215,6 +215,15 @@ def test_gradient_checkpointing_leaves_a_frozen_adapter_frozen_beside_others_tha
     model.lm_head.weight.requires_grad_(True)
     model.gradient_checkpointing_enable()
     assert list(trainable(model)) == ["lm_head.weight"]
+
+
+def test_gradient_checkpointing_where_embeddings_return_more_than_a_tensor():
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
+    model = wrap_model(SwinForImageClassification(SwinConfig(**sizes)), block_size=8).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(pixel_values=torch.randn(1, 3, 16, 16)).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------ between steps

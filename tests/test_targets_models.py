@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     BlipConfig,
     BlipForConditionalGeneration,
     DeepseekV32Config,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LongcatFlashConfig,
@@ -22,6 +25,7 @@ from transformers import (
 )
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.detr.modeling_detr import DetrMHAttentionMap
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
@@ -219,13 +223,14 @@ def router():
     [
         (router, set()),
         (lambda: DetrMHAttentionMap(16, 2), {"q_proj"}),
+        (lambda: Gemma3nTextAltUp(Gemma3nTextConfig(hidden_size=16)), {"modality_router", "prediction_coefs"}),
         (lambda: LSHSelfAttention(ReformerConfig(hidden_size=16, attention_head_size=8, num_attention_heads=2)), set()),
     ],
-    ids=["longcat", "detr", "reformer"],
+    ids=["longcat", "detr", "gemma3n", "reformer"],
 )
 def test_other_layers_that_are_read(make, called):
     model = nn.ModuleDict({"reader": make(), "other": nn.Linear(16, 16)})
-    assert names_of_leaves(wrap_model(model, block_size=8)) == {"other", *called}
+    assert names_of_leaves(wrap_model(model, block_size=8, adjust_block_size=True)) == {"other", *called}
 
 
 def test_the_heads_of_models_inside_a_model_are_left_frozen():
@@ -242,6 +247,46 @@ def test_an_encoder_behind_its_embeddings_has_no_heads():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = wrap_model(DINOv3ViTModel(DINOv3ViTConfig(**sizes)), block_size=8)
     assert all(".generators." in name for name in trainable(model))
+
+
+class ThroughAList(nn.Module):
+    """As Mask2Former's heads go through their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_list_of_a_modules_own_that_it_calls_its_layers_by():
+    model, x = ThroughAList(), torch.randn(3, 16)
+    plain, before = model(x), list(model.layers)
+    randomize(wrap_model(model, block_size=8))
+    turned = model(x)
+    assert not torch.allclose(turned, plain)
+    turned.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    unwrap_model(model)
+    assert [*map(id, model.layers)] == [*map(id, before)]
+    randomize(wrap_model(model, block_size=8))
+    merge(model)
+    torch.testing.assert_close(model(x), turned)
+
+
+def test_a_layer_tied_to_a_head_that_trains_is_not_rotated():
+    """D-FINE's and DINO's decoders hold the box heads a second time, as other modules with the same weights."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+    model.bert.again = nn.Linear(16, 2)
+    model.bert.again.weight = model.classifier.weight
+    assert "bert.again" not in adapted_paths(wrap_model(model, block_size=8))
+    assert model.classifier.weight.requires_grad
 
 
 def test_what_is_trained_in_full_by_one_of_its_paths_is_not_rotated():
