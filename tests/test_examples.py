@@ -109,14 +109,16 @@ def test_oft_learns_and_its_copies_agree(tmp_path: Path, tiny_model: Path, rows:
     oftv2.load_adapter(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "result" / "oft")
 
 
-def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path) -> None:
-    seeds = {"one": 1, "two": 1, "three": 2}
-    quick = ("finetune.py", "--quick", "--model", tiny_model)
-    processes = [start(*quick, "--out", out, "--seed", seed, cwd=tmp_path) for out, seed in seeds.items()]
-    for process in processes:
-        finish(process)
-    losses = {out: report(tmp_path / out)["methods"]["oft"]["training"]["losses"] for out in seeds}
-    assert losses["one"] == losses["two"] != losses["three"]
+def test_same_seed_same_figures(tmp_path: Path, tiny_model: Path, finetune_here) -> None:
+    quick = ("--quick", "--model", tiny_model)
+    process = start("finetune.py", *quick, "--seed", 1, "--out", "one", cwd=tmp_path)
+    finetune_here(*quick, "--seed", 1, "--out", "two")
+    finetune_here(*quick, "--seed", 2, "--out", "three")
+    finish(process)
+    one, two, three = (
+        report(tmp_path / out)["methods"]["oft"]["training"]["losses"] for out in ("one", "two", "three")
+    )
+    assert one == two != three
 
 
 def test_compare_puts_lora_beside_oft(tmp_path: Path, tiny_model: Path, rows: Path, finetune_here) -> None:
