@@ -17,8 +17,15 @@ _OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16
 
 @functools.lru_cache(maxsize=16)
 def usable(device: torch.device) -> bool:
-    """Whether the kernels run on a device: not with ``OFTV2_KERNELS=0``, and where Triton starts one."""
-    if os.environ.get("OFTV2_KERNELS") == "0" or importlib.util.find_spec("triton") is None:
+    """Whether the kernels run on a device: not with ``OFTV2_KERNELS=0``, and where Triton starts one.
+
+    Raises:
+        ValueError: another value of that variable than 0 and 1.
+    """
+    wanted = os.environ.get("OFTV2_KERNELS", "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"OFTV2_KERNELS={wanted!r} is not allowed: use 0 for plain torch on every device, or 1")
+    if wanted == "0" or importlib.util.find_spec("triton") is None:
         return False
     if device.type != "cuda":
         return True  # the interpreter

@@ -71,6 +71,12 @@ def test_they_can_be_turned_off(on_a_gpu, monkeypatch):
     assert kernel.grids == []
 
 
+def test_other_values_are_refused(on_a_gpu, monkeypatch):
+    monkeypatch.setenv("OFTV2_KERNELS", "off")
+    with pytest.raises(ValueError, match="OFTV2_KERNELS='off' is not allowed: use 0"):
+        usable.usable(torch.device("cuda"))
+
+
 def test_older_gpus_are_not_tried(on_a_gpu, monkeypatch):
     on_a_gpu(kernel := Kernel())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
