@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from methods import Sizes, available, linear, on_layer  # noqa: E402
 
 OVER_LORA = "beyond_frozen_over_lora"
 METHODS = ["frozen", "oft", "lora", "peft-oft"]
+_DTYPES = torch.bfloat16, torch.float32  # LoRA in PEFT has float32 factors, and casts for them
+_PASSES = ("training step", True), ("pass without gradients", False)
 _FEATURES, _TOKENS, _REPEATS = 256, 8, 20
 
 
@@ -113,10 +116,11 @@ def measure(rounds: int) -> list[Row]:
     torch.set_flush_denormal(True)  # kernels that do not run leave any numbers, and slow ones among them
     rows: list[Row] = []
     with contextlib.nullcontext() if real else kernels_on_a_cpu():
-        for what, gradient in (("training step", True), ("pass without gradients", False)):
-            taken = samples(device, torch.bfloat16 if real else torch.float32, gradient=gradient, rounds=rounds)
+        for dtype, (what, gradient) in itertools.product(_DTYPES, _PASSES):
+            taken = samples(device, dtype, gradient=gradient, rounds=rounds)
             for method, seconds in taken.items():
-                row = {"what": what, "method": method, **spread("us", [1e6 * value for value in seconds], 3)}
+                row = {"what": what, "dtype": str(dtype)[6:], "method": method}
+                row |= spread("us", [1e6 * value for value in seconds], 3)
                 if method != "frozen" and "lora" in taken:
                     row |= spread(OVER_LORA, beyond_frozen(taken, method, "lora"), 3)
                 rows.append(
@@ -135,7 +139,7 @@ def main() -> None:
     rows = measure(args.rounds)
     for row in rows:
         over_lora = f"{row[OVER_LORA]:8.2f} of LoRA's beyond the frozen layer" if OVER_LORA in row else ""
-        print(f"{row['what']:24}{row['method']:10}{row['us']:8.1f} µs{over_lora}")
+        print(f"{row['what']:24}{row['dtype']:10}{row['method']:10}{row['us']:8.1f} µs{over_lora}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")

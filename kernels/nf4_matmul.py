@@ -130,8 +130,7 @@ def rotate_matmul_4bit(
         return y
     if delta is not None:
         (x,) = rotate(x, [delta], delta.shape[-1])
-    flat = rows(x)
-    T = flat.shape[0]
+    flat, T, stride = rows(x)
     source = storage(packed, absmax, code, d, blocksize, nested)
     biases = y if bias is None else bias
     # Fused multiply-adds round its scales once, where bitsandbytes rounds twice: the last bit of a float32.
@@ -148,7 +147,7 @@ def rotate_matmul_4bit(
     grid = (cdiv(n, block_rows), cdiv(T, 16))
     run(
         _matmul, grid,
-        flat, source.tensors, biases, y, T, n, d, source.pitch, flat.stride(0),
+        flat, source.tensors, biases, y, T, n, d, source.pitch, stride,
         BLOCK_T=16, ROWS=block_rows, COLUMNS=columns, WARPS=warps, HAS_BIAS=bias is not None,
         EVEN=d % columns == 0, **source.constants, num_warps=warps,
         num_stages=3 if source.constants["ALIGNED"] else 1, enable_fp_fusion=False,

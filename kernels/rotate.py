@@ -22,6 +22,7 @@ from .launch import run
 from .tiles import (
     Launch,
     cdiv,
+    contiguous_like,
     load_blocks,
     load_part,
     load_rows,
@@ -210,9 +211,9 @@ def share_of(tokens: int, tiles: int, constants: dict[str, int | bool], processo
     return cdiv(cdiv(tokens, shares), constants["BLOCK_T"]) * constants["BLOCK_T"]
 
 
-def plan(x: Tensor, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
-    """The launch for ``x`` of ``(T, d)``: column tiles, and shares of the tokens."""
-    return _plan(x.dtype, x.shape[0], num_blocks, block_size, terms, group, backward, multiprocessors(x.device))
+def plan(x: Tensor, tokens: int, num_blocks: int, block_size: int, terms: int, *, group: int, backward: bool) -> Launch:
+    """The launch for ``tokens`` rows of ``x``: column tiles, and shares of the tokens."""
+    return _plan(x.dtype, tokens, num_blocks, block_size, terms, group, backward, multiprocessors(x.device))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -250,15 +251,15 @@ def rotate(x: Tensor, sources: Sequence[Tensor], block_size: int, terms: int = 0
     Returns:
         One ``(..., d)`` for each source, contiguous.
     """
-    outs = [x.new_empty(x.shape) for _ in sources]
+    outs = [contiguous_like(x) for _ in sources]
     if x.numel():
-        flat = rows(x)
+        flat, tokens, stride = rows(x)
         given, strides, num_blocks = _sources(sources, terms)
-        launch = plan(flat, num_blocks, block_size, terms, group=len(given), backward=False)
+        launch = plan(x, tokens, num_blocks, block_size, terms, group=len(given), backward=False)
         run(
             _forward, launch.grid,
             flat, *_three(outs), *_three(given), strides,
-            *flat.shape, num_blocks, flat.stride(0), launch.share, **launch.constants,
+            tokens, x.shape[-1], num_blocks, stride, launch.share, **launch.constants,
         )  # fmt: skip
     return outs
 
@@ -273,18 +274,19 @@ def rotate_backward(
     with_x: bool = True,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of :func:`rotate`: ``∂x``, and partial sums of each ∂Δ, ``(shares, r, b, b)`` float32."""
-    flats, flat = [rows(grad) for grad in grads], rows(x)
     given, strides, num_blocks = _sources(sources, terms)
-    grad_x = x.new_empty(x.shape) if with_x else None
+    grad_x = contiguous_like(x) if with_x else None
     shape = (num_blocks, block_size, block_size)
     if not x.numel():
         return grad_x, [torch.zeros(1, *shape, dtype=torch.float32, device=x.device) for _ in grads]
-    launch = plan(flat, num_blocks, block_size, terms, group=len(grads), backward=True)
+    flats, _, grad_strides = zip(*map(rows, grads), strict=True)
+    flat, tokens, stride = rows(x)
+    launch = plan(x, tokens, num_blocks, block_size, terms, group=len(grads), backward=True)
     partials = [torch.empty(launch.grid[1], *shape, dtype=torch.float32, device=x.device) for _ in grads]
     run(
         _backward, launch.grid,
         *_three(flats), flat, flat if grad_x is None else grad_x, *_three(partials), *_three(given),
-        strides, *flat.shape, num_blocks, *_three([grad.stride(0) for grad in flats]), flat.stride(0),
+        strides, tokens, x.shape[-1], num_blocks, *_three(grad_strides), stride,
         launch.share, WITH_X=with_x, **launch.constants,
     )  # fmt: skip
     return grad_x, partials

@@ -123,9 +123,9 @@ class Launch:
     constants: dict[str, int | bool]
 
 
-def plan(x: Tensor, delta: Tensor, outputs: int) -> Launch:
-    """The launch for ``x`` of ``(T, d)``, Δ of ``(r, b, b)`` and ``outputs`` rows of W."""
-    sizes = (x.shape[0], delta.shape[0], delta.shape[1], outputs)
+def plan(x: Tensor, tokens: int, delta: Tensor, outputs: int) -> Launch:
+    """The launch for ``tokens`` rows of ``x``, Δ of ``(r, b, b)`` and ``outputs`` rows of W."""
+    sizes = (tokens, delta.shape[0], delta.shape[1], outputs)
     return _plan(x.dtype, delta.element_size(), *sizes, multiprocessors(x.device), shared_memory(x.device))
 
 
@@ -177,15 +177,16 @@ def rotate_matmul(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None 
     out = x.new_empty(*x.shape[:-1], outputs)
     if not out.numel():
         return out
-    flat, weight, bias = rows(x), rows(weight), None if bias is None else bias.contiguous()
-    launch = plan(flat, delta, outputs)
+    (flat, tokens, stride), (weight, _, weight_stride) = rows(x), rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    launch = plan(x, tokens, delta, outputs)
     splits, size = launch.grid[1], out.numel()
     whole = splits == 1
     sums = out if whole else torch.empty(splits, size, dtype=torch.float32, device=x.device)
     run(
         _matmul, launch.grid,
-        flat, delta, weight, bias if whole else None, sums, flat.shape[0], flat.shape[1], outputs,
-        delta.shape[0], flat.stride(0), weight.stride(0), launch.steps, launch.share,
+        flat, delta, weight, bias if whole else None, sums, tokens, x.shape[-1], outputs,
+        delta.shape[0], stride, weight_stride, launch.steps, launch.share,
         STRIDES=delta.stride(), WITH_BIAS=whole and bias is not None, **launch.constants,
     )  # fmt: skip
     if not whole:

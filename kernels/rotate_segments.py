@@ -114,7 +114,7 @@ def rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | Non
     Returns:
         ``(S, d)``, contiguous.
     """
-    flat, count = rows(x), len(x) if order is None else len(order)
+    (flat, tokens, stride), count = rows(x), len(x) if order is None else len(order)
     out = torch.empty(count, x.shape[1], dtype=x.dtype, device=x.device)
     if out.numel():
         grid, constants = _launch(x, count, deltas, backward=False)
@@ -123,7 +123,7 @@ def rotate_segments(x: Tensor, deltas: Tensor, ends: Tensor, order: Tensor | Non
         run(
             _forward, grid,
             flat, out, deltas, ends.contiguous(), ends if order is None else order.contiguous(), deltas.stride(),
-            len(flat), times, x.shape[1], deltas.shape[1], flat.stride(0), order is not None, **constants,
+            tokens, times, x.shape[1], deltas.shape[1], stride, order is not None, **constants,
         )  # fmt: skip
     return out
 
@@ -134,12 +134,12 @@ def rotate_segments_delta_grad(
     """Gradient of :func:`rotate_segments` with respect to ``deltas``: partial sums ``(shares, E, r, b, b)``."""
     if not grad.numel():
         return torch.zeros(1, *deltas.shape, dtype=torch.float32, device=x.device)
-    upstream, flat = rows(grad), rows(x)
+    (upstream, _, grad_stride), (flat, tokens, stride) = rows(grad), rows(x)
     grid, constants = _launch(x, len(grad), deltas, backward=True)
     partials = torch.empty(grid[2], *deltas.shape, dtype=torch.float32, device=x.device)
     run(
         _delta_grad, grid,
-        upstream, flat, partials, ends.contiguous(), ends if order is None else order.contiguous(), len(flat),
-        times, x.shape[1], deltas.shape[1], upstream.stride(0), flat.stride(0), order is not None, **constants,
+        upstream, flat, partials, ends.contiguous(), ends if order is None else order.contiguous(), tokens,
+        times, x.shape[1], deltas.shape[1], grad_stride, stride, order is not None, **constants,
     )  # fmt: skip
     return partials

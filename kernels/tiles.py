@@ -69,10 +69,21 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
-def rows(x: Tensor) -> Tensor:
-    """``(..., d)`` as ``(T, d)`` with contiguous rows, a view wherever that is possible."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+def rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """``(..., d)`` as contiguous rows: a tensor that begins with the first one (``x`` itself, or a view wherever that
+    is possible), how many there are, and the distance from one to the next. Of ``d ≥ 1``.
+    """
+    d = x.shape[-1]
+    if x.is_contiguous():  # a kernel needs no view of it, which takes 4 µs to make
+        return x, x.numel() // d, d
+    flat = x.reshape(-1, d)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat, flat.shape[0], flat.stride(0)
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    """A new tensor of the shape of ``x``; ``x.new_empty(x.shape)`` takes three times as long, and that is 3 µs."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @triton.jit

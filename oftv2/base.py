@@ -48,7 +48,6 @@ class OFTLayer(MergeableLayer):
 
     rows: LayerRows | None = None  # within adapters_per_row
     handed: KeptRotation | None = None  # of one forward pass, made with those of the model's other layers
-    base_layer: Any  # a module of any class; its attributes are its own affair
 
     def __init__(
         self,
@@ -176,6 +175,13 @@ class OFTLayer(MergeableLayer):
         """Goes by ``rows`` from now on, or again by ``sequence``."""
         self.rows, self._cache = rows, None
 
+    if TYPE_CHECKING:
+        base_layer: Any  # a module of any class; its attributes are its own affair
+        generators: nn.ParameterDict
+    else:  # in every forward pass, several times: spares the search for them, 1.4 µs each time
+        base_layer = property(lambda self: self._modules["base_layer"])
+        generators = property(lambda self: self._modules["generators"])
+
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for code that looks at its dtype or device."""
@@ -189,13 +195,10 @@ class OFTLayer(MergeableLayer):
         return getattr(self.base_layer, "bias", None)
 
     def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:  # base_layer and generators, in every forward pass: spares the search for them
-            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base_layer" not in modules:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.base_layer, name)
 

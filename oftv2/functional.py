@@ -255,12 +255,11 @@ def forms(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, *, gradient: 
     if torch.compiler.is_compiling():  # the choice would be frozen into the graph, whatever the tokens of later calls
         return (INPUT,)
     trains = gradient and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    device = weight.device
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and dtype.itemsize < 4):
+    if not (weight.is_cuda or (weight.is_cpu and dtype.itemsize >= 4)):
         return (INPUT,)
-    if trains or dtype != weight.dtype or torch.is_autocast_enabled(device.type):
+    if trains or dtype != weight.dtype or torch.is_autocast_enabled("cuda" if weight.is_cuda else "cpu"):
         return (INPUT,)
-    if runs_kernels(device) and not gradient:
+    if not gradient and runs_kernels(weight.device):
         return (INPUT, WEIGHT, FUSED)
     return (INPUT, WEIGHT)
 

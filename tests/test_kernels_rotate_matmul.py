@@ -38,7 +38,8 @@ def expected_of(x, delta, weight, bias=None):
 def splits(T, d, n, b, dtype):
     from oftv2.kernels.rotate_matmul import plan
 
-    return plan(torch.empty(T, d, dtype=dtype, device="meta"), torch.empty(d // b, b, b, device="meta"), n).grid[1]
+    x, delta = torch.empty(T, d, dtype=dtype, device="meta"), torch.empty(d // b, b, b, device="meta")
+    return plan(x, T, delta, n).grid[1]
 
 
 CASES = [  # tokens, d, n, b
@@ -87,7 +88,7 @@ def test_many_tokens(device, monkeypatch, dtype):
     monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     T, d, n, b = 1100, 64, 270, 32
     x, delta, weight = numbers(T, d, dtype=dtype), rotation(d // b, b), numbers(n, d, dtype=dtype, std=d**-0.5)
-    launch = module.plan(x, delta, n)
+    launch = module.plan(x, T, delta, n)
     assert launch.constants["BLOCK_T"] == 128
     assert launch.grid[0] % launch.constants["GROUP"] != 0  # the last group is smaller
     assert_close("y", run(device, x, delta, weight), expected_of(x, delta, weight), ROUNDING[dtype])
