@@ -122,7 +122,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     if adapter_name in state.sequence:
         raise AdapterError(f"{adapter_name!r} is active: call set_adapter(model, …) with another one first")
     _take_off(model, adapter_name)
-    watch(model)
     return model
 
 
@@ -150,17 +149,17 @@ def put(model: nn.Module, adapter_name: str, config: OFTConfig, targets: list[Ta
     try:
         put_on_targets(model, config, targets, adapter_name)
         set_aside(model, adapter_name, trained)
+        for layer in layers_of(model, adapter_name).values():
+            layer.activate(state.sequence)
+            layer.generators[adapter_name].requires_grad_(False)
+        watch(model)
+        refuse_methods(model)
     except BaseException:
         _take_off(model, adapter_name)
         raise
     finally:
         for parameter, before in trains.items():  # a new layer freezes its base layer, of which something may train
             parameter.requires_grad_(before)
-    for layer in layers_of(model, adapter_name).values():
-        layer.activate(state.sequence)
-        layer.generators[adapter_name].requires_grad_(False)
-    watch(model)
-    refuse_methods(model)
 
 
 def _take_off(model: nn.Module, adapter_name: str) -> None:
@@ -172,6 +171,7 @@ def _take_off(model: nn.Module, adapter_name: str) -> None:
     state = get_state(model)
     del state.configs[adapter_name]
     forget(state, adapter_name)
+    watch(model)
 
 
 def check_names(model: nn.Module, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
@@ -198,9 +198,9 @@ def activate(model: nn.Module, names: tuple[str, ...], *, trainable: bool | None
     """Activates checked adapters; ``trainable=None`` leaves it as it is which generators train."""
     state = get_state(model)
     exchange(model, names)
+    state.sequence = names
     for _, layer in oft_layers(model):
         layer.activate(names, trainable=trainable)
-    state.sequence = names
     if trainable is not None:
         for parameter in [parameter for name in names for parameter in trained_parameters(model, name).values()]:
             set_trainable(parameter, trainable)

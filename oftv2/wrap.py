@@ -207,9 +207,9 @@ def uninstall(model: nn.Module) -> None:
     release(model, {layer for _, layer in oft_layers(model)})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
-    set_state(model, None)
     unpresent(model)
     allow_methods(model)
+    set_state(model, None)
 
 
 def check_model(model: nn.Module, adapter_name: str) -> None:
