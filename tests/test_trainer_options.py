@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -104,6 +106,8 @@ class TestCheckpoints:
             trainer = Trainer(wrapped(**fields), arguments(tmp_path / "resumed"), train_dataset=ROWS)
             with pytest.raises(AdapterError, match=message):
                 trainer.train(resume_from_checkpoint=str(checkpoint))
+        with pytest.raises(AdapterError, match=message):
+            transformers.trainer.deepspeed_load_checkpoint(SimpleNamespace(module=trainer.model), str(checkpoint))
         tensors = load_file(checkpoint / "model.safetensors")
         save_file(tensors, checkpoint / "model.safetensors")  # as it was before checkpoints noted anything
         trainer._load_from_checkpoint(str(checkpoint))
