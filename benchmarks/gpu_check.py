@@ -70,7 +70,7 @@ def run_tests(folder: str, log: Path, seconds: float, *, quick: bool) -> dict[st
 
     def run(tests: str) -> tuple[int | None, str]:
         part = parts / f"{Path(tests).stem}.txt"
-        with part.open("w") as file:
+        with part.open("wb") as file:
             code = measure.run_limited([*command, tests], seconds, stdout=file, stderr=file, **place)
         return code, part.read_text(encoding="utf-8", errors="replace")
 
