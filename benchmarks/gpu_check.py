@@ -70,14 +70,14 @@ def run_tests(folder: str, log: Path, seconds: float, *, quick: bool) -> dict[st
 
     def run(tests: str) -> tuple[int | None, str]:
         part = parts / f"{Path(tests).stem}.txt"
-        with part.open("w") as file:
+        with part.open("wb") as file:
             code = measure.run_limited([*command, tests], seconds, stdout=file, stderr=file, **place)
-        return code, part.read_text()
+        return code, part.read_text(encoding="utf-8", errors="replace")
 
     # Compiling takes most of the time, up to 900 variants of the kernels: a process for each file of tests.
     with ThreadPoolExecutor(len(test_files())) as pool:
         found = list(pool.map(run, test_files()))
-    log.write_text("\n".join(text for _, text in found))
+    log.write_text("\n".join(text for _, text in found), encoding="utf-8")
     shutil.rmtree(parts)
     for code, text in found:
         if code:
@@ -135,7 +135,7 @@ def table(rows: list[dict[str, object]]) -> str:
 def write(out: Path, about: dict[str, object], rows: list[dict[str, object]]) -> None:
     """The table as far as it is there, as ``<out>.csv`` and ``<out>.json``."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+    Path(f"{out}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     write_csv(Path(f"{out}.csv"), rows)
 
 

@@ -152,7 +152,7 @@ def main() -> None:
             break
         results.append(tune(launch, device, pool))
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": about, "kernels": results}, indent=1) + "\n")
+        out.write_text(json.dumps({"machine": about, "kernels": results}, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(results[-1]), flush=True)
     if pool is not None:
         pool.shutdown(cancel_futures=True)

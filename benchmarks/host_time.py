@@ -142,7 +142,7 @@ def main() -> None:
         print(f"{row['what']:24}{row['dtype']:10}{row['method']:10}{row['us']:8.1f} µs{over_lora}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         write_csv(args.out.with_suffix(".csv"), rows)
 
 

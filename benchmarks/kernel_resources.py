@@ -150,7 +150,7 @@ def write(rows: list[Row], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(out.with_suffix(".csv"), rows)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    out.with_suffix(".json").write_text(json.dumps({"versions": versions}, indent=2) + "\n")
+    out.with_suffix(".json").write_text(json.dumps({"versions": versions}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ def memory(device: torch.device, *, peak: bool) -> int:
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     # Not getrusage: a child's ru_maxrss starts at what its parent had.
     field = "VmHWM:" if peak else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
@@ -193,7 +193,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def run_limited(command: list[str], seconds: float | None, **options: Any) -> int | None:

@@ -65,7 +65,7 @@ def _row(name: str, label: str, step: Step) -> dict[str, object]:
 def _paper() -> dict[tuple[str, str], float]:
     """The paper's figures of memory, in GB, by size and method."""
     names = {"OFT": "oft-peft-0.15", "OFTv2": "oft", "LoRA": "lora-16bit", "QOFT": "qoft", "QLoRA": "qlora-16bit"}
-    with open(RESULTS / "paper-oftv2.csv", newline="") as file:
+    with open(RESULTS / "paper-oftv2.csv", encoding="utf-8", newline="") as file:
         return {
             (row["model"], names[row["method"]]): float(row["value"])
             for row in csv.DictReader(file)

@@ -71,7 +71,7 @@ Picture = list[Panel]
 def load(name: str) -> list[Row]:
     """The rows of ``results/NAME.json``; none where the file is not there."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def digest(picture: Picture) -> str:
@@ -134,7 +134,7 @@ def memory_of_sizes() -> Picture:
     path = RESULTS / "memory-model.csv"
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "predicted"]
 
     def gib(method: str, checkpointing: str) -> dict[float, float]:

@@ -17,7 +17,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 def cpu_name() -> str:
     """The processor's name and the number of cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor()} ({len(os.sched_getaffinity(0))} cores)"
 
@@ -74,5 +75,6 @@ class Neighbours:
         stat = Path("/proc/stat")
         if not stat.exists():
             return (0.0,) * 3
-        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in stat.read_text().split("\n")[0].split()[1:9]]
+        total = stat.read_text(encoding="utf-8").split("\n")[0]
+        ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in total.split()[1:9]]
         return sum(ticks), sum(ticks) - sum(ticks[3:5]), sum(os.times()[:4])  # the fourth and fifth are idle

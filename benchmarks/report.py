@@ -145,7 +145,7 @@ def by_task(study: Results, ours: Method, theirs: Method, figure: Callable[[Row]
 
 def section() -> str:
     """The tables and plots."""
-    finetune = json.loads((RESULTS / "finetune-cpu.json").read_text())
+    finetune = json.loads((RESULTS / "finetune-cpu.json").read_text(encoding="utf-8"))
     layer, step = load("layer-cpu"), load("step-cpu")
     timed = [*layer, *step, *(row for suite in ("decode", "merge", "wrap") for row in load(f"{suite}-cpu"))]
     busiest = max(row.get("others_cpu", 0.0) for row in timed)
@@ -196,8 +196,8 @@ def main() -> None:
     for name, text, document in places:
         made = f"<!-- {name} -->\n{text}<!-- /{name} -->"
         if write:
-            before, rest = document.read_text().split(f"<!-- {name} -->")
-            document.write_text(before + made + rest.split(f"<!-- /{name} -->")[1])
+            before, rest = document.read_text(encoding="utf-8").split(f"<!-- {name} -->")
+            document.write_text(before + made + rest.split(f"<!-- /{name} -->")[1], encoding="utf-8")
         else:
             print(made)
     if write:

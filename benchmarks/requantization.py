@@ -188,7 +188,8 @@ def smollm2_weights(layers: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
 
     folder = smollm2_folder(default_cache())
     model = load_base(folder, torch.float32, torch.device("cpu"), "none")
-    text = load_tokenizer(folder)((examples / "general_text.txt").read_text(), return_tensors="pt")["input_ids"]
+    prose = (examples / "general_text.txt").read_text(encoding="utf-8")
+    text = load_tokenizer(folder)(prose, return_tensors="pt")["input_ids"]
     model(text[:, :512], labels=text[:, :512]).loss.backward()
     chosen = tuple(f"model.layers.{layer}." for layer in layers)
     return {
@@ -234,7 +235,7 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         arguments = {key: value for key, value in vars(args).items() if key != "out"}
         text = json.dumps({"machine": about, "arguments": arguments, "rows": table}, indent=2)
-        args.out.with_suffix(".json").write_text(text + "\n")
+        args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         write_csv(args.out.with_suffix(".csv"), table)
 
 

@@ -67,7 +67,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         json_file = path.with_name(f"{path.name}.json")
-        self.rows: list[Row] = json.loads(json_file.read_text()) if json_file.is_file() else []
+        self.rows: list[Row] = json.loads(json_file.read_text(encoding="utf-8")) if json_file.is_file() else []
 
     def done(self, methods: tuple[str, ...] | None, disturbed: float = 1.0) -> set[str]:
         """The groups that are there, with all of ``methods`` if some are asked for, and with neighbours no busier."""
@@ -90,7 +90,7 @@ class Results:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -45,7 +45,7 @@ def claim(path: Path, key: str) -> Iterator[bool]:
     """Whether the run is this process's to do; the claim ends with the block, or with the process."""
     folder = path.with_name(path.name + ".claims")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / re.sub(r"[^\w.=-]", "_", key)).open("w") as file:
+    with (folder / re.sub(r"[^\w.=-]", "_", key)).open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

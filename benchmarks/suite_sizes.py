@@ -132,7 +132,7 @@ def resident(name: str, size: str, told: dict[str, Any]) -> int:
 
 
 def _free() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A CSV file with each column that some row has."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -13,6 +13,7 @@ from torch import Tensor
 from oftv2.errors import KernelWarning
 
 _OLDEST = (8, 0)  # compute capability from which the tensor cores take bfloat16 and tf32
+_PASSING = ("out of memory", "captur")  # "operation not permitted when stream is capturing", and what follows from it
 
 
 @functools.lru_cache(maxsize=16)
@@ -21,6 +22,8 @@ def usable(device: torch.device) -> bool:
 
     Raises:
         ValueError: another value of that variable than 0 and 1.
+        RuntimeError: no memory, or a CUDA graph that is captured, kept the first kernel from starting: no answer is
+            kept then.
     """
     wanted = os.environ.get("OFTV2_KERNELS", "1")
     if wanted not in ("0", "1"):
@@ -37,6 +40,8 @@ def usable(device: torch.device) -> bool:
         with torch.cuda.device(device):
             tiles.nothing[(1,)](0)
     except Exception as error:  # no C compiler, no Python headers, a GPU that Triton does not know: it raises anything
+        if any(words in str(error) for words in _PASSING):  # plain torch, or the graph, would fail as well
+            raise
         warnings.warn(
             f"oftv2: Triton's kernels do not start on {device}, so plain torch is used there, which is slower (without "
             f"this warning: OFTV2_KERNELS=0). {type(error).__name__}: {error}",

@@ -66,7 +66,7 @@ def rotate(x: Tensor, delta: Tensor) -> Tensor:
     """``x + x Δ`` of ``x`` ``(..., d)`` and ``Δ`` ``(r, b, b)``, in the dtype of ``x``."""
     check_rotation(x, delta)
     if x.element_size() < 4 and x.device.type == "cpu" and not in_torch_func():  # its 16-bit products: slow, coarse
-        flat, out = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        flat, out = x.reshape(-1, x.shape[-1]), x.new_empty(x.shape)
         for part in _chunks(flat):
             out.view(flat.shape)[part] = rotate(flat[part].float(), delta)
         return out
@@ -100,12 +100,12 @@ def _grouped_convolution(x: Tensor, R: Tensor) -> Tensor:
 def rotate_delta_grad(grad: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """``∂L/∂Δ = Σ xᵀ ∂L/∂y`` over the tokens, block by block, ``(r, b, b)``; summed in float32 at least on a CPU."""
     wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    x_blocks, grad_blocks = as_blocks(x, delta), as_blocks(grad, delta)
     if x.dtype == grad.dtype == delta.dtype and 0 < x.numel() <= _CHUNK_ELEMENTS:
-        return torch.bmm(x_blocks.mT, grad_blocks)
-    total = torch.zeros(delta.shape, dtype=wide, device=x.device)
-    for part in _chunks(x.reshape(-1, x.shape[-1])):
-        total.baddbmm_(x_blocks[:, part].to(wide).mT, grad_blocks[:, part].to(wide))
+        return torch.bmm(as_blocks(x, delta).mT, as_blocks(grad, delta))
+    total = grad.new_zeros(delta.shape, dtype=wide)
+    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    for part in _chunks(flat_x):
+        total.baddbmm_(as_blocks(flat_x[part].to(wide), delta).mT, as_blocks(flat_grad[part].to(wide), delta))
     return total.to(delta.dtype)
 
 

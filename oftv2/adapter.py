@@ -42,7 +42,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             active_parameters(model).items(),
             "the base model's values cannot take its place; compare with a model in a process without ZeRO-3",
         )
-        _require_merged(model, False, "the base model's weights are not at hand while the adapter is merged")
+        _require_unmerged(model, "the base model's weights are not at hand while the adapter is merged")
         enabled = {layer: layer.enabled for _, layer in oft_layers(model)}
         with base_values(model):
             try:
@@ -145,6 +145,8 @@ def merge(
 def unmerge(model: nn.Module) -> nn.Module:
     """Takes a merged adapter out of the weights again, in place: the rotation is applied to activations as before.
 
+    So it does where :func:`merge` ended halfway, for lack of memory or by Ctrl-C, and some layers are merged.
+
     Raises:
         AdapterError: not wrapped (also after ``merge(model)`` with ``unload=True``), or not merged.
     """
@@ -152,10 +154,11 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise AdapterError(
             f"this {type(model).__name__} has no adapter to unmerge; merge(model, unload=False) keeps it in the model"
         )
-    _require_merged(model, True, "there is nothing to unmerge")
-    for _, layer in oft_layers(model):
-        if layer.sequence:
-            layer.unmerge()
+    merged = [layer for _, layer in oft_layers(model) if layer.merged]  # not all, where a merge was interrupted
+    if not merged:
+        raise AdapterError(f"this {type(model).__name__} is not merged: there is nothing to unmerge")
+    for layer in merged:
+        layer.unmerge()
     return model
 
 
@@ -177,11 +180,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _require_merged(model: nn.Module, merged: bool, reason: str) -> None:
-    wrong = [layer.name for _, layer in oft_layers(model) if layer.sequence and layer.merged != merged]
-    if wrong:
-        are = "not merged" if merged else "merged"
-        raise AdapterError(f"{len(wrong)} layers ({wrong[0]}, …) are {are}: {reason}")
+def _require_unmerged(model: nn.Module, reason: str) -> None:
+    merged = [layer.name for _, layer in oft_layers(model) if layer.merged]
+    if merged:
+        raise AdapterError(f"{len(merged)} layers ({merged[0]}, …) are merged: {reason}")
 
 
 def _merge_ready(
@@ -190,7 +192,7 @@ def _merge_ready(
     """The adapters to merge and the layers that have any of them; AdapterError where something is in the way."""
     known = model.sequence if isinstance(model, OFTLayer) else get_state(model).sequence
     check_unsharded(model, "call save_adapter in every process, load that into a model in one process, and merge there")
-    _require_merged(model, False, "call unmerge first")
+    _require_unmerged(model, "call unmerge first")
     check_changeable(model)
     names = check_sequence(model, known if adapter_names is None else adapter_names)
     layers = {path: layer for path, layer in oft_layers(model) if set(names) & set(layer.rotations)}

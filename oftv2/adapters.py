@@ -121,13 +121,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
         raise AdapterError(f"{adapter_name!r} is the only adapter of this model: unwrap_model(model) takes it off")
     if adapter_name in state.sequence:
         raise AdapterError(f"{adapter_name!r} is active: call set_adapter(model, …) with another one first")
-    layers = layers_of(model, adapter_name).values()
-    for layer in layers:
-        layer.remove(adapter_name)
-    release(model, {layer for layer in layers if not layer.rotations})
-    del state.configs[adapter_name]
-    forget(state, adapter_name)
-    watch(model)
+    _take_off(model, adapter_name)
     return model
 
 
@@ -148,19 +142,36 @@ def check_addable(model: nn.Module, adapter_name: str) -> None:
 
 
 def put(model: nn.Module, adapter_name: str, config: OFTConfig, targets: list[Target], trained: Sequence[str]) -> None:
-    """Adds an adapter, inactive, to checked targets."""
+    """Adds an adapter, inactive, to checked targets; what fails on the way, for lack of memory, say, adds nothing."""
     state = get_state(model)
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    put_on_targets(model, config, targets, adapter_name)
-    for parameter, before in trains.items():  # a new layer freezes its base layer, of which something may train
-        parameter.requires_grad_(before)
     state.configs[adapter_name] = config
-    set_aside(model, adapter_name, trained)
-    for layer in layers_of(model, adapter_name).values():
-        layer.activate(state.sequence)
-        layer.generators[adapter_name].requires_grad_(False)
+    try:
+        put_on_targets(model, config, targets, adapter_name)
+        set_aside(model, adapter_name, trained)
+        for layer in layers_of(model, adapter_name).values():
+            layer.activate(state.sequence)
+            layer.generators[adapter_name].requires_grad_(False)
+        watch(model)
+        refuse_methods(model)
+    except BaseException:
+        _take_off(model, adapter_name)
+        raise
+    finally:
+        for parameter, before in trains.items():  # a new layer freezes its base layer, of which something may train
+            parameter.requires_grad_(before)
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> None:
+    """Takes an inactive adapter off, as far as it is there."""
+    layers = layers_of(model, adapter_name).values()
+    for layer in layers:
+        layer.remove(adapter_name)
+    release(model, {layer for layer in layers if not layer.rotations})
+    state = get_state(model)
+    del state.configs[adapter_name]
+    forget(state, adapter_name)
     watch(model)
-    refuse_methods(model)
 
 
 def check_names(model: nn.Module, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
@@ -187,9 +198,9 @@ def activate(model: nn.Module, names: tuple[str, ...], *, trainable: bool | None
     """Activates checked adapters; ``trainable=None`` leaves it as it is which generators train."""
     state = get_state(model)
     exchange(model, names)
+    state.sequence = names
     for _, layer in oft_layers(model):
         layer.activate(names, trainable=trainable)
-    state.sequence = names
     if trainable is not None:
         for parameter in [parameter for name in names for parameter in trained_parameters(model, name).values()]:
             set_trainable(parameter, trainable)

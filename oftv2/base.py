@@ -110,8 +110,9 @@ class OFTLayer(MergeableLayer):
 
     def _put(self, adapter_name: str, rotation: Rotation, init: str) -> None:
         device, wide = placement(self.base_layer)
-        generators = torch.zeros(rotation.shape, device=device, dtype=torch.float64 if wide else torch.float32)
-        self.generators[adapter_name] = nn.Parameter(generators, requires_grad=False)
+        with torch.inference_mode(False):  # what is made within it cannot be trained, nor counts its versions
+            generators = torch.zeros(rotation.shape, device=device, dtype=torch.float64 if wide else torch.float32)
+            self.generators[adapter_name] = nn.Parameter(generators, requires_grad=False)
         self.rotations[adapter_name], self.inits[adapter_name] = rotation, init
         self.reset_parameters(adapter_name)
 

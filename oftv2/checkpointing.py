@@ -1,7 +1,8 @@
 """Gradient checkpointing over a frozen beginning of the model.
 
 A reentrant checkpoint yields no gradients at all when none of its inputs requires one, and with a frozen embedding in
-front none does. Hooks on the embeddings (and on the inputs of a model that is none of transformers') see to it.
+front none does. Hooks on the embeddings (and on the inputs of a model that is none of transformers', or in which these
+find no embeddings) see to it.
 """
 
 from __future__ import annotations
@@ -82,9 +83,14 @@ def add_hooks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(OutputHook(model))
-    hook = InputHook(model)
-    if not hook.switches:
-        model.register_forward_pre_hook(hook, with_kwargs=True)
+    if not InputHook(model).switches:
+        add_input_hook(model)
+
+
+def add_input_hook(model: nn.Module) -> None:
+    """Registers the hook of the model's inputs, once."""
+    if not any(isinstance(hook, InputHook) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(InputHook(model), with_kwargs=True)
 
 
 def remove_hooks(model: nn.Module) -> None:

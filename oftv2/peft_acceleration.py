@@ -62,6 +62,8 @@ def accelerate_peft(model: nn.Module, enabled: bool = True, *, repair: bool = Fa
         problems = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
         if problems:
             raise AdapterError(itemized(problems, most=5, indent=""))
+    if repair:
+        warnings.warn(_REPAIRS, PeftRepairWarning, stacklevel=2)
     tuners = [module for module in model.modules() if isinstance(module, peft_layers.OFTModel)]
     for layer in layers.values():
         if enabled:
@@ -70,8 +72,6 @@ def accelerate_peft(model: nn.Module, enabled: bool = True, *, repair: bool = Fa
             peft_layers.restore(layer)
     for tuner in tuners:
         peft_layers.set_tuner(tuner, enabled, repair=repair)
-    if repair:
-        warnings.warn(_REPAIRS, PeftRepairWarning, stacklevel=2)
     return model
 
 

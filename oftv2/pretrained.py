@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import serialized, write_atomically
+from .checkpointing import add_input_hook
 from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
 from .fsdp_checkpoints import serve_accelerate
@@ -29,12 +30,10 @@ from .peft_state import add_peft_hook, remove_peft_hook
 from .precision import ATTRIBUTE as FLOAT32
 from .precision import forget_float32, restore_float32
 from .preference import serve_trl
+from .resuming import CHECKPOINT_FILE, NOTE, described, serve_resuming
 from .sharding import is_sharded, is_writer, unsharded, whole
 from .state import adapter_parameters, get_state, plain_parameter
 from .trained import set_trainable, trained_keys
-
-CHECKPOINT_FILE = "model.safetensors"
-
 
 if TYPE_CHECKING:
     _Mixin = nn.Module  # what it is mixed into
@@ -85,7 +84,7 @@ class WrappedPreTrainedModel(_Mixin):
             tensors = {name: whole(tensor) for name, tensor in state_dict.items() if name in names}
         if gathers and not is_writer():
             return
-        write_atomically(folder / CHECKPOINT_FILE, serialized(tensors))
+        write_atomically(folder / CHECKPOINT_FILE, serialized(tensors, **{NOTE: described(self)}))
         if push_to_hub:
             written = list(places(self, selected_adapters).values())
             upload_adapters(folder, options.get("repo_id") or folder.name, written, **_hub_options(options))
@@ -157,6 +156,7 @@ class WrappedPreTrainedModel(_Mixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         restore_float32(self, warn=False)  # DeepSpeed casts, and then moves the model
+        serve_resuming()  # a Trainer that moves the model is imported by now
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
@@ -188,6 +188,8 @@ class WrappedPreTrainedModel(_Mixin):
         for handle in handles:
             if handle is not None:  # transformers' own are local functions, which cannot be pickled
                 handle.hooks_dict_ref()[handle.id] = _require_grad
+        if not any(handles):  # SegFormer's and MobileViT's are not known to transformers
+            add_input_hook(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The class exists only in this process: pickle the one it was made from.
@@ -252,6 +254,7 @@ def present(model: nn.Module) -> None:
         watch(model)
         serve_trl()
         serve_accelerate()
+        serve_resuming()
         tags: Any = getattr(model, "model_tags", None)
         vars(model)["model_tags"] = [*(tags or ()), *TAGS]  # for the model card that Trainer writes
 

@@ -37,6 +37,9 @@ from .state import adapter_parameters, check_known, get_state, layers_of, traine
 from .trained import base_values
 from .unsaved import warn_of_unsaved
 
+# Where PEFT looks up which kind of adapter a folder holds; its error shows what it looked for, and nothing else.
+_NOT_PEFTS = "OFT in the format of oftv2, which PEFT cannot read: load it with oftv2.load_adapter"
+
 
 def save_adapter(
     model: nn.Module,
@@ -196,7 +199,7 @@ def _write(
         raise AdapterError(f"{folder} is a file: give the folder that the adapter is to be saved in")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / TENSORS_FILE, data)
-    write_json(target / CONFIG_FILE, description or manifest)
+    write_json(target / CONFIG_FILE, description or {"peft_type": _NOT_PEFTS, **manifest})
     write_card(target, manifest)
     return target
 

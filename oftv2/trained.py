@@ -117,16 +117,15 @@ def exchange(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """Puts the parameters of these adapters into the model, and sets those of the active ones aside; checked before."""
     state = get_state(model)
     wanted: dict[str, Tensor] = {}
-    for adapter in state.sequence:
-        if adapter not in adapter_names:
-            names = state.trained[adapter]
-            state.aside[adapter] = trained_parameters(model, adapter)
-            for parameter in state.aside[adapter].values():
-                set_trainable(parameter, False)
-            wanted |= {name: _frozen(state.originals[name], plain_parameter(model, name)) for name in names}
+    leaving = {name: trained_parameters(model, name) for name in state.sequence if name not in adapter_names}
+    for parameters in leaving.values():
+        wanted |= {name: _frozen(state.originals[name], present) for name, present in parameters.items()}
     for adapter in adapter_names:
-        wanted |= state.aside.pop(adapter, {})
+        wanted |= state.aside.get(adapter, {})
     _place(model, wanted)
+    for parameter in (parameter for parameters in leaving.values() for parameter in parameters.values()):
+        set_trainable(parameter, False)
+    state.aside = {name: own for name, own in (state.aside | leaving).items() if name not in adapter_names}
 
 
 def set_trainable(parameter: Tensor, trainable: bool) -> None:
@@ -196,8 +195,8 @@ def restore_originals(model: nn.Module) -> None:
 
 def forget(state: AdapterState, adapter_name: str) -> None:
     """Forgets an inactive adapter's parameters, and the base values that no other adapter has its own of."""
-    del state.aside[adapter_name]
-    del state.trained[adapter_name]
+    state.aside.pop(adapter_name, None)
+    state.trained.pop(adapter_name, None)
     used = {name for names in state.trained.values() for name in names}
     state.originals = {name: value for name, value in state.originals.items() if name in used}
 

@@ -77,6 +77,6 @@ class WorkFolder:
 
     def _inputs_before(self) -> Any:
         try:
-            return json.loads((self.path / _IDENTITY).read_text())
+            return json.loads((self.path / _IDENTITY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None

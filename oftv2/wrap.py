@@ -87,8 +87,8 @@ def wrap_model(
     check_here(model, trained)
     if group_projections:
         check_groups(model)
-    install(model, config, targets, adapter_name, trained=trained)
     warn_of_statistics(model, trained)
+    install(model, config, targets, adapter_name, trained=trained)
     watch_optimizers(model)
     return group(model) if group_projections else model
 
@@ -142,7 +142,10 @@ def check_sizes(targets: list[Target], config: OFTConfig) -> None:
 def install(
     model: nn.Module, config: OFTConfig, targets: list[Target], adapter_name: str, *, trained: Sequence[str]
 ) -> None:
-    """Replaces checked targets by adapted layers and freezes all but the base parameters named in ``trained``."""
+    """Replaces checked targets by adapted layers and freezes all but the base parameters named in ``trained``.
+
+    What fails on the way, for lack of memory or by Ctrl-C, leaves the model as it was.
+    """
     encoders = [name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoder)]
     state = AdapterState(
         configs={adapter_name: config},
@@ -152,17 +155,21 @@ def install(
         originals={name: _value(plain_parameter(model, name)) for name in trained},
         nested_encoders=tuple(name for name in encoders if model.get_submodule(name).use_nested_tensor),
     )
-    model.requires_grad_(False)
-    add_hooks(model)
-    add_pass_hooks(model)
-    add_state_hooks(model)
-    put_on_targets(model, config, targets, adapter_name)
-    for name in trained:
-        set_trainable(plain_parameter(model, name), True)
-    _use_nested_tensors(model, state, False)
     set_state(model, state)
-    present(model)
-    refuse_methods(model)
+    try:
+        model.requires_grad_(False)
+        add_hooks(model)
+        add_pass_hooks(model)
+        add_state_hooks(model)
+        put_on_targets(model, config, targets, adapter_name)
+        for name in trained:
+            set_trainable(plain_parameter(model, name), True)
+        _use_nested_tensors(model, state, False)
+        present(model)
+        refuse_methods(model)
+    except BaseException:
+        uninstall(model)
+        raise
     serve_deepspeed()
 
 
@@ -200,9 +207,9 @@ def uninstall(model: nn.Module) -> None:
     release(model, {layer for _, layer in oft_layers(model)})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
-    set_state(model, None)
     unpresent(model)
     allow_methods(model)
+    set_state(model, None)
 
 
 def check_model(model: nn.Module, adapter_name: str) -> None:

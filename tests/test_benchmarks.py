@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -278,3 +280,13 @@ def test_the_command(tmp_path) -> None:
     done = subprocess.run([*command, "speed"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no suite speed; there are layer, kernels, step" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "oftv2"])
+def test_text_is_utf8_whatever_the_locale(folder: str) -> None:
+    opens = re.compile(r"\b(read_text|write_text|(?<!os\.)open)$")
+    for path in sorted((ROOT / folder).glob("*.py")):
+        calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+        for call in (call for call in calls if opens.search(ast.unparse(call.func))):
+            binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in call.args)
+            assert binary or any(option.arg == "encoding" for option in call.keywords), f"{path}:{call.lineno}"

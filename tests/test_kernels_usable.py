@@ -64,6 +64,17 @@ def test_one_that_does_not_is_a_warning_and_plain_torch(on_a_gpu):
     assert kernel.grids == [(1,)]
 
 
+@pytest.mark.parametrize("reason", ["out of memory", "operation not permitted when stream is capturing"])
+def test_what_passes_is_no_answer(on_a_gpu, reason):
+    on_a_gpu(Kernel(RuntimeError(f"Triton Error [CUDA]: {reason}")))
+    for asked in (usable.usable, lambda device: usable._rotates(device, torch.float32, 32, 1, 0)):
+        with pytest.raises(RuntimeError, match=reason):
+            asked(torch.device("cuda"))
+    on_a_gpu(Kernel())
+    assert usable.usable(torch.device("cuda"))
+    assert usable._rotates(torch.device("cuda"), torch.float32, 32, 1, 0)
+
+
 def test_they_can_be_turned_off(on_a_gpu, monkeypatch):
     on_a_gpu(kernel := Kernel())
     monkeypatch.setenv("OFTV2_KERNELS", "0")

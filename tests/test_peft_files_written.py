@@ -139,6 +139,12 @@ def test_what_peft_cannot_express_is_named_and_not_lost(make, fields, message, t
         assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
 
 
+def test_what_peft_says_of_a_folder_that_it_cannot_read(tmp_path):
+    save_adapter(wrap_model(build(linear), block_size=8), tmp_path, format="oftv2")
+    with pytest.raises(KeyError, match=r"PEFT cannot read: load it with oftv2\.load_adapter"):
+        peft.PeftModel.from_pretrained(build(linear), tmp_path)
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(AdapterError, match='"peft", "oftv2" or None'):
         save_adapter(wrap_model(build(linear), block_size=8), tmp_path, format="lora")

@@ -88,3 +88,15 @@ def test_nothing_of_it_stays(problem):
         before = loss(generators, x)
         vmap(lambda scale: loss({name: scale * p for name, p in generators.items()}, x))(torch.tensor([2.0, 3.0]))
         assert torch.equal(loss(generators, x), before)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], indirect=True)
+def test_several_output_gradients_at_once(problem, dtype):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` does it, by an older ``vmap`` than torch.func's."""
+    generators, x, loss = problem
+    value, of = loss(generators, x), list(generators.values())
+    several = torch.tensor([1.0, -2.0]).double()
+    together = torch.autograd.grad(value, of, several, is_grads_batched=True, retain_graph=True)
+    for batched, single in zip(together, torch.autograd.grad(value, of), strict=True):
+        assert_close("gradients", batched, torch.stack([single, -2 * single]), TOLERANCE[dtype])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -21,7 +23,7 @@ from transformers import (
 
 from byte_tokenizer import byte_tokenizer
 from conftest import randomize, trainable
-from oftv2 import add_adapter, load_adapter, set_adapter, wrap_model
+from oftv2 import AdapterError, add_adapter, load_adapter, set_adapter, wrap_model
 from trainer_runs import IDS, ROWS, arguments, load
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "model.safetensors"}
@@ -82,6 +84,33 @@ class TestCheckpoints:
         assert {name for name in kept if ".generators." not in name} <= {
             "lm_head.weight", "model.norm.weight", "oftv2.default.lm_head.weight", "oftv2.style.lm_head.weight"
         }  # fmt: skip
+
+    def test_a_model_whose_generators_mean_something_else_does_not_resume(self, tiny_llama, tmp_path):
+        def wrapped(active: Any = "default", **fields: Any) -> nn.Module:
+            model = wrap_model(tiny_llama(), block_size=16, **fields)
+            add_adapter(model, "style", block_size=16, scale_generators=fields.get("parametrization") == "cayley")
+            return set_adapter(model, active)
+
+        checkpoint = tmp_path / "checkpoint"
+        wrapped().save_pretrained(checkpoint)
+        fresh = {"constraint": 0.1, "parametrization": "cayley"}
+        cases = {
+            "neumann_terms of the adapter 'default': 4 there, 6 here": {"neumann_terms": 6},
+            "constraint of the adapter 'default': None there, 0.1 here": fresh,
+            "parametrization of the adapter 'default': 'cayley_neumann' there, 'cayley' here": fresh,
+            "scale_generators of the adapter 'style': False there, True here": fresh,
+            r"active adapters: \['default'\] there, \['style', 'default'\] here": {"active": ["style", "default"]},
+            "adapted in one of them alone: model.layers.0.mlp": {"target_modules": ["q_proj"]},
+        }
+        for message, fields in cases.items():
+            trainer = Trainer(wrapped(**fields), arguments(tmp_path / "resumed"), train_dataset=ROWS)
+            with pytest.raises(AdapterError, match=message):
+                trainer.train(resume_from_checkpoint=str(checkpoint))
+        with pytest.raises(AdapterError, match=message):
+            transformers.trainer.deepspeed_load_checkpoint(SimpleNamespace(module=trainer.model), str(checkpoint))
+        tensors = load_file(checkpoint / "model.safetensors")
+        save_file(tensors, checkpoint / "model.safetensors")  # as it was before checkpoints noted anything
+        trainer._load_from_checkpoint(str(checkpoint))
 
     def test_the_best_model_has_its_trained_modules_back(self, make_base, tmp_path):
         model = with_head(make_base)

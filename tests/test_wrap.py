@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from conftest import adapted_paths, block_sizes, randomize
 from oftv2 import OFTConfig, print_trainable_parameters, unwrap_model, wrap_model
@@ -63,3 +64,11 @@ def test_the_class_of_a_wrapped_model_makes_plain_models(tiny_llama, base_folder
     for model in (type(wrapped)(wrapped.config), type(wrapped).from_pretrained(base_folder)):
         assert type(model) is type(tiny_llama())
         model.train()(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_a_model_that_is_wrapped_in_inference_mode_trains_later_on():
+    model = nn.Sequential(nn.Linear(16, 4))
+    with torch.inference_mode():
+        wrap_model(model, block_size=8)
+    model(torch.randn(3, 16)).sum().backward()
+    assert model[0].generators["default"].grad is not None
