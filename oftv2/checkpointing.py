@@ -1,7 +1,8 @@
 """Gradient checkpointing over a frozen beginning of the model.
 
 A reentrant checkpoint yields no gradients at all when none of its inputs requires one, and with a frozen embedding in
-front none does. Hooks on the embeddings (and on the inputs of a model that is none of transformers') see to it.
+front none does. Hooks on embeddings and convolutions, with which vision towers begin (and on the inputs of a model that
+is none of transformers') see to it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class InputGradients:
 
 
 class OutputHook(InputGradients):
-    """As a forward hook of an embedding: its output."""
+    """As a forward hook of an embedding or a convolution: its output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return _with_grad(output) if self._wanted(module) else output
@@ -80,7 +81,7 @@ def _with_grad(value: Any) -> Any:
 def add_hooks(model: nn.Module) -> None:
     """Registers the hooks on ``model``."""
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
             module.register_forward_hook(OutputHook(model))
     hook = InputHook(model)
     if not hook.switches:
