@@ -1,8 +1,8 @@
 """Gradient checkpointing over a frozen beginning of the model.
 
 A reentrant checkpoint yields no gradients at all when none of its inputs requires one, and with a frozen embedding in
-front none does. Hooks on the embeddings (and on the inputs of a model that is none of transformers', or in which these
-find no embeddings) see to it.
+front none does. Hooks on the embeddings and on the convolutions that vision towers begin with (or, of a model that is
+none of transformers', on its inputs) see to it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class InputGradients:
 
 
 class OutputHook(InputGradients):
-    """As a forward hook of an embedding: its output."""
+    """As a forward hook of an embedding or a convolution: its output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return _with_grad(output) if self._wanted(module) else output
@@ -80,17 +80,13 @@ def _with_grad(value: Any) -> Any:
 
 def add_hooks(model: nn.Module) -> None:
     """Registers the hooks on ``model``."""
+    hook = InputHook(model)
+    kinds = (nn.Embedding, nn.modules.conv._ConvNd) if hook.switches else nn.Embedding
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, kinds):
             module.register_forward_hook(OutputHook(model))
-    if not InputHook(model).switches:
-        add_input_hook(model)
-
-
-def add_input_hook(model: nn.Module) -> None:
-    """Registers the hook of the model's inputs, once."""
-    if not any(isinstance(hook, InputHook) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(InputHook(model), with_kwargs=True)
+    if not hook.switches:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def remove_hooks(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import functional as F
 from .base import OFTLayer
+from .checkpointing import OutputHook
 from .layers import unhooked
 from .merging import cloned, rotated
 from .partitioned import full_shape
@@ -61,7 +62,8 @@ class OFTConv2d(OFTLayer):
 
 def convolved(base: Any, x: Tensor, kernels: Tensor) -> Tensor:
     """What a convolution makes of ``x`` with other kernels, of ``(n, C/groups, kh, kw)``."""
-    if (type(base) is nn.Conv2d and unhooked(base)) or is_parametrized(base) or _is_computed(base):
+    plain = type(base) is nn.Conv2d and unhooked(base, but=OutputHook)  # which is for frozen kernels
+    if plain or is_parametrized(base) or _is_computed(base):
         convolution: Tensor = base._conv_forward(x, kernels, base.bias)
         return convolution
     stand_in = cloned(base)  # with hooks or a forward of its own, as timm's convolutions have

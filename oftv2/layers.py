@@ -25,9 +25,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
 
 
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward alone."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+def unhooked(module: nn.Module, *, but: type | None = None) -> bool:
+    """Whether calling ``module`` runs its class's forward alone, hooks of the class ``but`` aside."""
+    after: Any = module._forward_hooks
+    if but is not None:
+        after = [hook for hook in after.values() if not isinstance(hook, but)]
+    hooks = (after, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not (any(hooks) or _has_any_global_hook() or "forward" in module.__dict__)
 
 

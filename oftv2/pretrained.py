@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import serialized, write_atomically
-from .checkpointing import add_input_hook
 from .deepspeed_engine import serve_deepspeed
 from .errors import AdapterError
 from .fsdp_checkpoints import serve_accelerate
@@ -188,8 +187,6 @@ class WrappedPreTrainedModel(_Mixin):
         for handle in handles:
             if handle is not None:  # transformers' own are local functions, which cannot be pickled
                 handle.hooks_dict_ref()[handle.id] = _require_grad
-        if not any(handles):  # SegFormer's and MobileViT's are not known to transformers
-            add_input_hook(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The class exists only in this process: pickle the one it was made from.

@@ -48,7 +48,7 @@ class Rotation:
                 by_blocks = config.num_blocks is not None and block_size is None
                 asked = f"num_blocks={config.num_blocks}" if by_blocks else f"block_size={size}"
                 per_group = f" in groups of {unit}" if groups > 1 else ""
-                adjust = "" if config.adjust_block_size else ", or set adjust_block_size=True"
+                adjust = ", or set adjust_block_size=True" if usable and not config.adjust_block_size else ""
                 raise AdapterError(
                     f"{name}: {asked} does not divide its {features} input features{per_group}; the nearest block "
                     f"sizes that do: {' and '.join(map(str, nearest)) or 'none, there is nothing to rotate'}. Choose "

@@ -66,6 +66,7 @@ BAD_MODELS = {
     "sizes-of-two-layers": (lambda: mlp(64, 27, 9), {}, r"1: block_size=32 .* 27 input features.*: 27\."),
     "prime": (lambda: mlp(64, 37, 4), {}, r"1: block_size=32 does not divide its 37 input .* that do: 37\."),
     "far-prime": (lambda: mlp(64, 7, 4), {"adjust_block_size": True}, r"1: .* 7 input features.*: 7\..*exclude"),
+    "far-prime-as-it-is": (lambda: mlp(64, 7, 4), {}, r"1: .* 7 input features.*: 7\..*out with exclude_modules$"),
     "one-input": (lambda: mlp(64, 1, 4), {"adjust_block_size": True}, r"1: .* 1 input features.*nothing to rotate"),
     "no-input": (lambda: nn.Sequential(nn.Linear(64, 4), nn.Linear(0, 4)), {}, r"1: .*\b0 input"),
     "grouped": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=4)), {"target_modules": ("0",)}, r"groups of 18.*18"),

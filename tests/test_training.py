@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import VitPoseBackbone, VitPoseBackboneConfig
 
 from conftest import assert_close, randomize
 from oftv2 import OFTConfig, OFTConv2d, OFTEmbedding, OFTLinear, diagnostics, unwrap_model, wrap_model
@@ -54,6 +55,15 @@ class TestCheckpointing:
         assert len(actual) == 14
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-8)
+
+    def test_vision_tower_that_begins_with_a_frozen_convolution(self):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+        model = wrap_model(VitPoseBackbone(VitPoseBackboneConfig(image_size=(32, 32), **sizes)).train(), block_size=8)
+        images = torch.randn(2, 3, 32, 32)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model(images).feature_maps[0].square().sum().backward()
+        assert len(gradients(model)) == 12
+        assert not images.requires_grad
 
     def test_no_input_gradient_is_computed_without_checkpointing(self, tiny_llama):
         model = wrap_model(tiny_llama(), block_size=16).train()
