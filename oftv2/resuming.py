@@ -1,7 +1,7 @@
 """Whether a checkpoint of ``Trainer``'s belongs to the model that is to go on from it.
 
-``Trainer`` loads values by their names alone, and generators of equal shapes may stand for other rotations. So
-checkpoints note what the values depend on, and it is compared before any is loaded.
+``Trainer`` loads values by their names alone, and generators of equal shapes may stand for other rotations, or belong
+to another base. So checkpoints note what the values depend on, and it is compared before any is loaded.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from .adapter_file import TENSORS_FILE
+from .base_check import compare_base
 from .errors import listed, refuse
+from .partitioned import is_partitioned
 from .patching import replace_once
+from .sharding import is_sharded
 from .state import find_state, get_state
-from .trained import trained_keys
+from .trained import base_values, trained_keys
 
 CHECKPOINT_FILE = "model.safetensors"
 NOTE = "oftv2_function"  # in the file's metadata
@@ -50,7 +54,7 @@ def _load_of_deepspeed(original: Any, engine: Any, folder: str, *args: Any, **op
 
 
 def _check(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Raises AdapterError where a checkpoint notes another function than the model's, or has other layers."""
+    """Raises AdapterError where a checkpoint notes another function than the model's, or has another base or layers."""
     state, path = find_state(model), Path(folder) / CHECKPOINT_FILE
     if state is None or not path.is_file():
         return
@@ -59,16 +63,24 @@ def _check(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if noted is None:
         return
     there, here = json.loads(noted), json.loads(described(model))
-    problems = [f"active adapters: {there['active']} there, {here['active']} here"] * (
-        there["active"] != here["active"]
-    )
-    problems += [
+    problems = [
         f"{field} of the adapter {name!r}: {value!r} there, {here['adapters'][name].get(field)!r} here"
         for name in there["adapters"].keys() & here["adapters"].keys()
         for field, value in there["adapters"][name].items()
         if value != here["adapters"][name].get(field)
     ]
     suffixes = tuple(f".generators.{name}" for name in state.sequence)
-    if not problems and (alone := sorted(k for k in names ^ set(trained_keys(model)) if k.endswith(suffixes))):
-        problems = [f"adapted in one of them alone: {listed(alone)}"]
+    if there["active"] != here["active"]:
+        problems.append(f"active adapters: {there['active']} there, {here['active']} here")
+    elif alone := sorted(key for key in names ^ set(trained_keys(model)) if key.endswith(suffixes)):
+        problems.append(f"adapted in one of them alone: {listed(alone)}")
+    problems = problems or _other_base(model, Path(folder) / TENSORS_FILE)
     refuse(f"the checkpoint {folder} is of another model than this one, and was not loaded", problems)
+
+
+def _other_base(model: nn.Module, path: Path) -> list[str]:
+    """Base weights that are not those of the adapter in a checkpoint, as far as this process has them whole."""
+    if not path.is_file() or any(is_sharded(p) or is_partitioned(p) for p in model.parameters()):
+        return []
+    with safe_open(path, framework="pt") as file, base_values(model):
+        return compare_base(model, json.loads(file.metadata()["oftv2"])["base"])

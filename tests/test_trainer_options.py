@@ -86,8 +86,10 @@ class TestCheckpoints:
         }  # fmt: skip
 
     def test_a_model_whose_generators_mean_something_else_does_not_resume(self, tiny_llama, tmp_path):
-        def wrapped(active: Any = "default", **fields: Any) -> nn.Module:
-            model = wrap_model(tiny_llama(), block_size=16, **fields)
+        def wrapped(active: Any = "default", base: float = 1.0, **fields: Any) -> nn.Module:
+            model = tiny_llama()
+            model.model.layers[0].mlp.gate_proj.weight.data *= base
+            wrap_model(model, block_size=16, **fields)
             add_adapter(model, "style", block_size=16, scale_generators=fields.get("parametrization") == "cayley")
             return set_adapter(model, active)
 
@@ -100,6 +102,7 @@ class TestCheckpoints:
             "parametrization of the adapter 'default': 'cayley_neumann' there, 'cayley' here": fresh,
             "scale_generators of the adapter 'style': False there, True here": fresh,
             r"active adapters: \['default'\] there, \['style', 'default'\] here": {"active": ["style", "default"]},
+            "mlp.gate_proj: the base weights differ by": {"base": -1.0},
             "adapted in one of them alone: model.layers.0.mlp": {"target_modules": ["q_proj"]},
         }
         for message, fields in cases.items():
