@@ -20,7 +20,7 @@ from .grouping import group_projections as group
 from .optimizer_check import watch_optimizers
 from .partitioned import gathered
 from .pretrained import present, unpresent
-from .refused import allow_methods, refuse_methods
+from .refused import allow_methods, refuse_methods, warn_of_saving
 from .sharding import check_unsharded
 from .state import (
     AdapterState,
@@ -88,6 +88,7 @@ def wrap_model(
     if group_projections:
         check_groups(model)
     warn_of_statistics(model, trained)
+    warn_of_saving(model)
     install(model, config, targets, adapter_name, trained=trained)
     watch_optimizers(model)
     return group(model) if group_projections else model
@@ -215,8 +216,8 @@ def uninstall(model: nn.Module) -> None:
 def check_model(model: nn.Module, adapter_name: str) -> None:
     """Refuses what cannot be wrapped: no model, a bare layer, or one with adapters."""
     if not isinstance(model, nn.Module):
-        inside = isinstance(getattr(model, "model", None), nn.Module)  # a pipeline or a trainer
-        its = "; pass its model (.model), before it is put in there" if inside else ""
+        parts = [name for name, part in getattr(model, "__dict__", {}).items() if isinstance(part, nn.Module)]
+        its = f"; pass what is in it ({', '.join(parts)}), before it is put in there" if parts else ""
         raise AdapterError(f"wrap_model takes a torch.nn.Module, and this is a {type(model).__name__}{its}")
     if inner := inner_model(model):
         raise AdapterError(
