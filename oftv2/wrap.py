@@ -59,8 +59,9 @@ def wrap_model(
     Args:
         model (nn.Module): any model, quantized or not.
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
-            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out. (Another one
-            tells of frozen layers with running statistics, which change in training and go with no adapter.)
+            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out, or convolutions
+            that are nearly all of the weights. (Others tell of frozen layers with running statistics, which change in
+            training and go with no adapter, and of a ``save_pretrained`` that would stop a trainer.)
         adapter_name (str): the adapter's name.
         group_projections (bool): rotate the input of gate and up projections once for both, where their module does
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
