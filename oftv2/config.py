@@ -49,7 +49,8 @@ class OFTConfig:
         layers_pattern: names of the lists that ``layers`` counts in, such as ``"layers"`` or ``"h"``; ``None`` takes
             any.
         modules_to_save: names of modules to train in full and to save with the adapter. ``None`` takes the task heads
-            of a transformers model other than the language-model head (they are new, and useless untrained).
+            of a transformers model other than the language-model head, and the classifiers of timm's (they are new,
+            and useless untrained).
         block_size_pattern: ``{pattern: block_size}`` for modules whose path ends with a match of the pattern.
         dropout: multiplicative dropout: probability with which a block is the identity in a training step.
         constraint: COFT: bounds the generators' Frobenius norm; each of the ``r`` blocks is scaled into

@@ -8,12 +8,13 @@ rotations.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from .base import OFTLayer
-from .errors import AdapterError
+from .errors import AdapterError, TargetWarning
 from .pretrained import WrappedPreTrainedModel, is_pretrained
 
 _REASONS = {
@@ -53,6 +54,18 @@ def refuse_methods(model: nn.Module) -> None:
             continue
         for name in names:
             vars(module)[name] = Refusal(f"{name} of this {type(module).__name__}", reasons[name])
+
+
+def warn_of_saving(model: nn.Module) -> None:
+    """A TargetWarning where :func:`refuse_methods` will stop a trainer at its first checkpoint, and need not."""
+    instead = _instead(model)
+    if instead and callable(getattr(model, "save_pretrained", None)):
+        warnings.warn(
+            f"save_pretrained of this {type(model).__name__} is refused from now on, and would stop a trainer at its "
+            f"first checkpoint: call oftv2.save_adapter(model, folder) yourself{instead}",
+            TargetWarning,
+            stacklevel=3,
+        )
 
 
 def allow_methods(model: nn.Module) -> None:

@@ -92,7 +92,8 @@ def get_state(model: nn.Module) -> AdapterState:
     """
     state = find_state(model)
     if state is None:
-        inner = inner_model(model)
+        inside = next((path for path, module in model.named_modules() if _ATTRIBUTE in vars(module)), None)
+        inner = inner_model(model) or (inside and f'model.get_submodule("{inside}")')
         same = f"the model inside it here: {inner}" if inner else "the same model object here (not a part of it)"
         raise AdapterError(
             f"this {type(model).__name__} has no oftv2 adapter: call wrap_model or load_adapter first, and pass {same}"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .base import OFTLayer
 from .config import ALL_LINEAR, OFTConfig
 from .conv import OFTConv2d
-from .errors import AdapterError, TargetWarning
-from .experts import OFTExperts, holds_experts, is_experts
+from .errors import AdapterError
+from .experts import OFTExperts, is_experts
 from .layers import OFTEmbedding, OFTLinear, is_conv1d
+from .left_out import warn_of_convolutions, warn_of_experts
 from .quant import QuantOFTLinear, find_backend
 from .rotation import Rotation
 
@@ -119,7 +120,10 @@ def find_targets(model: nn.Module, config: OFTConfig) -> list[Target]:
             f"{hint}"
         )
     if _takes_all_linear(config):
-        _warn_of_experts(modules, {id(target.module) for target in targets} | left_out)
+        adapted = [target.module for target in targets]
+        known = {id(module) for top in saved for module in modules[top].modules()} | left_out | set(map(id, adapted))
+        warn_of_experts(modules, known)
+        warn_of_convolutions(modules, adapted, known)
     return targets
 
 
@@ -135,19 +139,29 @@ def all_modules(model: nn.Module) -> tuple[dict[str, nn.Module], dict[int, list[
 def output_heads(model: nn.Module) -> tuple[set[str], set[str]]:
     """Paths of the modules outside a transformers model's body: ``(language-model heads, task heads)``.
 
-    The models inside a model may have heads too (BLIP's decoder, Bark's three parts).
+    The models inside a model may have heads too (BLIP's decoder, Bark's three parts). timm's have classifiers.
     """
+    classifiers = _classifiers(model)
     outputs = {id(_embeddings(module, "output")) for module in model.modules()}
     language = {name for name, module in model.named_modules() if id(module) in outputs}
     body = getattr(model, "base_model", None)
     prefix = getattr(model, "base_model_prefix", "")
     if not isinstance(body, nn.Module) or body is model or not prefix:
-        return language, set()
+        return language, classifiers
     inputs = _embeddings(model, "input")
     if inputs is not None and all(module is not inputs for module in body.modules()):  # DINOv3ViTModel's encoder
-        return language, set()
+        return language, classifiers
     outside = {name for name, _ in model.named_children() if name != prefix}
-    return language, {name for name in outside if name not in language and _has_parameters(model.get_submodule(name))}
+    heads = {name for name in outside if name not in language and _has_parameters(model.get_submodule(name))}
+    return language, heads | classifiers
+
+
+def _classifiers(model: nn.Module) -> set[str]:
+    """Paths of the classifiers of timm's models."""
+    timm: list[Any] = [m for m in model.modules() if any(cls.__module__.startswith("timm.") for cls in type(m).__mro__)]
+    heads = [m.get_classifier() for m in timm if callable(getattr(m, "get_classifier", None))]
+    found = [part for head in heads for part in (head if isinstance(head, tuple) else (head,))]
+    return {name for name, module in model.named_modules() if module in found and _has_parameters(module)}
 
 
 def _embeddings(model: nn.Module, kind: str) -> nn.Module | None:
@@ -216,22 +230,6 @@ def _takes_all_linear(config: OFTConfig) -> bool:
     """Whether the targets are every linear layer, perhaps with others."""
     wanted = config.target_modules
     return wanted == ALL_LINEAR if isinstance(wanted, str) else ALL_LINEAR in wanted
-
-
-def _warn_of_experts(modules: dict[str, nn.Module], known: set[int]) -> None:
-    """A TargetWarning where experts with stacked weights are neither adapted nor excluded."""
-    found = [name for name, module in modules.items() if id(module) not in known and holds_experts(module, name)]
-    if not found:
-        return
-    module, last = modules[found[0]], found[0].rpartition(".")[2]
-    rotates = f"target_modules=[{ALL_LINEAR!r}, {last!r}] rotates each expert on its own"
-    warnings.warn(
-        f"{ALL_LINEAR!r} leaves the experts of {len(found)} modules ({found[0]}, a {type(module).__name__}, …) as they "
-        f"are, most of the weights as a rule: {rotates if is_experts(module) else 'this kind cannot be adapted'}. "
-        f"exclude_modules=[{last!r}] spares this warning",
-        TargetWarning,
-        stacklevel=4,
-    )
 
 
 def _matching(names: list[str], wanted: str | Iterable[str], field: str) -> list[str]:

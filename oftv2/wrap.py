@@ -20,7 +20,7 @@ from .grouping import group_projections as group
 from .optimizer_check import watch_optimizers
 from .partitioned import gathered
 from .pretrained import present, unpresent
-from .refused import allow_methods, refuse_methods
+from .refused import allow_methods, refuse_methods, warn_of_saving
 from .sharding import check_unsharded
 from .state import (
     AdapterState,
@@ -59,8 +59,9 @@ def wrap_model(
     Args:
         model (nn.Module): any model, quantized or not.
         config (OFTConfig | None): what to adapt and how; the default adapts every linear layer but the output head
-            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out. (Another one
-            tells of frozen layers with running statistics, which change in training and go with no adapter.)
+            with ``block_size=32``, and says in a :class:`TargetWarning` where that leaves experts out, or convolutions
+            that are nearly all of the weights. (Others tell of frozen layers with running statistics, which change in
+            training and go with no adapter, and of a ``save_pretrained`` that would stop a trainer.)
         adapter_name (str): the adapter's name.
         group_projections (bool): rotate the input of gate and up projections once for both, where their module does
             nothing else with it (Llama, Mistral, Qwen, Gemma and alike); on a GPU that saves passes over it. The
@@ -88,6 +89,7 @@ def wrap_model(
     if group_projections:
         check_groups(model)
     warn_of_statistics(model, trained)
+    warn_of_saving(model)
     install(model, config, targets, adapter_name, trained=trained)
     watch_optimizers(model)
     return group(model) if group_projections else model
@@ -215,8 +217,8 @@ def uninstall(model: nn.Module) -> None:
 def check_model(model: nn.Module, adapter_name: str) -> None:
     """Refuses what cannot be wrapped: no model, a bare layer, or one with adapters."""
     if not isinstance(model, nn.Module):
-        inside = isinstance(getattr(model, "model", None), nn.Module)  # a pipeline or a trainer
-        its = "; pass its model (.model), before it is put in there" if inside else ""
+        parts = [name for name, part in getattr(model, "__dict__", {}).items() if isinstance(part, nn.Module)]
+        its = f"; pass what is in it ({', '.join(parts)}), before it is put in there" if parts else ""
         raise AdapterError(f"wrap_model takes a torch.nn.Module, and this is a {type(model).__name__}{its}")
     if inner := inner_model(model):
         raise AdapterError(

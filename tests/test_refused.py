@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import oftv2
-from oftv2 import AdapterError
+from oftv2 import AdapterError, TargetWarning
 from small_models import bert, linear
 
 
@@ -59,13 +59,16 @@ def test_methods_that_would_lose_the_adapter_are_refused_until_it_is_off(duplica
 
 
 def test_parts_of_a_model_are_not_saved_under_names_that_nothing_finds(tmp_path):
-    model = oftv2.wrap_model(Container(), block_size=4)
+    with pytest.warns(TargetWarning, match=r"its first checkpoint: .*; or wrap model.get_submodule\(\"encoder\"\)"):
+        model = oftv2.wrap_model(Container(), block_size=4)
     for part in (model, model.encoder):
         with pytest.raises(AdapterError, match=r'refused .*; or wrap model.get_submodule\("encoder"\), whose save_'):
             part.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     oftv2.unwrap_model(model).save_pretrained(tmp_path)
     oftv2.wrap_model(model.encoder, block_size=4).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r'the model inside it here: model.get_submodule\("encoder"\)'):
+        oftv2.save_adapter(model, tmp_path)
     model.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same" / "adapter_config.json").is_file()
 

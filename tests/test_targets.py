@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 from conftest import adapted_paths, block_sizes, trainable
-from oftv2 import unwrap_model, wrap_model
+from oftv2 import TargetWarning, unwrap_model, wrap_model
 from small_models import mlp
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -81,6 +83,28 @@ def test_task_heads_are_trained_in_full_by_default(kind):
     wrap_model(model, block_size=8, modules_to_save=())
     assert trainable(model) == {f"{path}.generators.default" for path in layers}
     assert adapted_paths(model) == layers  # the head is neither trained nor rotated
+
+
+def test_classifiers_of_timm_are_trained_in_full_by_default():
+    classifiers = {"get_classifier": lambda self: (self[2][0], nn.Identity()), "__module__": "timm.models.deit"}
+    make = type("DistilledTransformer", (nn.Sequential,), classifiers)
+    model = wrap_model(nn.ModuleDict({"timm": make(*mlp(32, 16, 8), mlp(8, 4))}), block_size=8)
+    assert adapted_paths(model) == {"timm.0", "timm.1"}
+    assert trainable(model) == {"timm.2.0.weight", "timm.2.0.bias", *(f"timm.{i}.generators.default" for i in "01")}
+
+
+def test_convolutions_that_are_left_are_told_where_they_are_nearly_all():
+    def net():
+        return nn.Sequential(nn.Conv2d(8, 64, 3), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(64, 8))
+
+    with pytest.warns(TargetWarning, match=r"the 2 convolutions \(0, …\) .*=\['all-linear', '0'\] rotates"):
+        wrap_model(net(), block_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TargetWarning)
+        wrap_model(net(), block_size=8, target_modules=["all-linear", "0"])
+        wrap_model(net(), block_size=8, target_modules=["3"])
+        wrap_model(net(), block_size=8, modules_to_save=["0"])
+        wrap_model(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 8)), block_size=8)
 
 
 def test_modules_to_save_are_trained_in_full_and_not_rotated(tiny_llama):

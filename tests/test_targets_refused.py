@@ -140,9 +140,9 @@ def test_a_layer_goes_around_another():
         OFTLinear(1024, 4096)
 
 
-def test_of_a_pipeline_its_model_is_wanted():
-    with pytest.raises(AdapterError, match=r"this is a SimpleNamespace; pass its model \(\.model\)"):
-        wrap_model(SimpleNamespace(model=mlp(64, 8)))
+def test_of_a_pipeline_its_models_are_wanted():
+    with pytest.raises(AdapterError, match=r"this is a SimpleNamespace; pass what is in it \(unet, vae\)"):
+        wrap_model(SimpleNamespace(unet=mlp(64, 8), scheduler=None, vae=mlp(64, 8)))
 
 
 @pytest.mark.parametrize(
