@@ -324,10 +324,6 @@ class OFTLayer(MergeableLayer):
             self.reset_parameters(name)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cache = None
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "rows": None, "handed": None}
 

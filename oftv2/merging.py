@@ -124,6 +124,24 @@ class MergeableLayer(nn.Module):
         """The base layer, to stand on its own again."""
         return self.base_layer
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["merged"] = self.merged
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        self._cache = None
+        if local_metadata.get("merged", self.merged) != self.merged:
+            there, here, first, applied = (
+                ("not merged", "it is", "unmerge(model)", "not at all")
+                if self.merged
+                else ("merged", "not", "merge(model, unload=False)", "twice")
+            )
+            raise AdapterError(
+                f"{self.name}: when this state dictionary was taken, the adapter was {there}, and here {here}: "
+                f"{first} first, or rotations would be applied {applied}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def check_generators(self, adapter_names: Sequence[str]) -> None:
         """Raises AdapterError where generators hold NaN or Inf, or are only a shard of themselves.
 

@@ -243,3 +243,22 @@ def test_a_tied_head_of_an_encoder_decoder_is_refused():
     assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
     merged = merge(model, unload=False)(input_ids=ids, decoder_input_ids=ids).logits
     assert_close("logits", merged, expected, 1e-5)
+
+
+def test_states_of_merged_and_unmerged_models_are_not_mixed_up(tmp_path):
+    models = [wrap_model(nn.Sequential(nn.Linear(16, 8)), block_size=8) for _ in range(2)]
+    randomize(models[0], 0.1)
+    unmerged = models[0].state_dict()
+    torch.save(merge(models[0], unload=False).state_dict(), tmp_path / "merged.pt")
+    merged, before = torch.load(tmp_path / "merged.pt"), copy.deepcopy(models[1].state_dict())
+    with pytest.raises(AdapterError, match=r"0: .* was merged, and here not: merge\(model, unload=False\) first"):
+        models[1].load_state_dict(merged)
+    for key, value in models[1].state_dict().items():
+        assert torch.equal(value, before[key])
+    with pytest.raises(AdapterError, match=r"0: .* was not merged, and here it is: unmerge\(model\) first"):
+        models[0].load_state_dict(unmerged)
+    x = torch.randn(4, 16)
+    merge(models[1], unload=False).load_state_dict(merged)
+    assert torch.equal(models[1](x), models[0](x))
+    unmerge(models[1]).load_state_dict(unmerged)
+    assert_close("y", models[1](x), models[0](x), 1e-5)
