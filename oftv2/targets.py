@@ -223,6 +223,8 @@ def _is_read(name: str, modules: dict[str, nn.Module]) -> bool:
         return True
     if child == "k_proj" and reader.__name__.endswith("MHAttentionMap"):  # DETR's and its kin's
         return True
+    if re.fullmatch("rel_pos_([xy]_)?bias", child) and reader.__name__.endswith("Encoder"):  # LayoutLMv2's and v3's
+        return True
     return issubclass(reader, nn.MultiheadAttention) or reader.__name__ in _READERS
 
 

@@ -16,6 +16,7 @@ from transformers import (
     Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LayoutLMv3Config,
     LongcatFlashConfig,
     MambaConfig,
     MambaForCausalLM,
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.detr.modeling_detr import DetrMHAttentionMap
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
+from transformers.models.layoutlmv3.modeling_layoutlmv3 import LayoutLMv3Encoder
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
@@ -225,8 +227,9 @@ def router():
         (lambda: DetrMHAttentionMap(16, 2), {"q_proj"}),
         (lambda: Gemma3nTextAltUp(Gemma3nTextConfig(hidden_size=16)), {"modality_router", "prediction_coefs"}),
         (lambda: LSHSelfAttention(ReformerConfig(hidden_size=16, attention_head_size=8, num_attention_heads=2)), set()),
+        (lambda: LayoutLMv3Encoder(LayoutLMv3Config(hidden_size=16, num_hidden_layers=0)), set()),
     ],
-    ids=["longcat", "detr", "gemma3n", "reformer"],
+    ids=["longcat", "detr", "gemma3n", "reformer", "layoutlm"],
 )
 def test_other_layers_that_are_read(make, called):
     model = nn.ModuleDict({"reader": make(), "other": nn.Linear(16, 16)})
