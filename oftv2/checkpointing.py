@@ -80,13 +80,13 @@ def _with_grad(value: Any) -> Any:
 
 def add_hooks(model: nn.Module) -> None:
     """Registers the hooks on ``model``."""
-    hook = InputHook(model)
+    hook = OutputHook(model)
     kinds = (nn.Embedding, nn.modules.conv._ConvNd) if hook.switches else nn.Embedding
     for module in model.modules():
         if isinstance(module, kinds):
-            module.register_forward_hook(OutputHook(model))
+            module.register_forward_hook(hook)
     if not hook.switches:
-        model.register_forward_pre_hook(hook, with_kwargs=True)
+        model.register_forward_pre_hook(InputHook(model), with_kwargs=True)
 
 
 def remove_hooks(model: nn.Module) -> None:

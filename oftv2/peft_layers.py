@@ -139,7 +139,7 @@ class _View:
     """
 
     def __init__(self, base_layer: nn.Module, rotation: AcceleratedRotation) -> None:
-        self.__dict__.update(base_layer=base_layer, peft_rotation=rotation)
+        self.__dict__.update(_modules={"base_layer": base_layer}, peft_rotation=rotation)
 
     @property
     def block_size(self) -> int:
