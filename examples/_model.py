@@ -81,8 +81,8 @@ def smollm2_folder(cache: Path) -> Path:
 
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Within this, transformers parses a GGUF file once, and not for configuration, weights and tokenizer each: the other
-    two times took a third of what converting it takes."""
+    """Within this, transformers parses a GGUF file once, and not for configuration, weights and tokenizer each: the
+    other two times took a third of what converting it takes."""
     import gguf
 
     reader = gguf.GGUFReader
